@@ -1,0 +1,1 @@
+"""TorchX components and the run descriptions that ship with shardrec."""

@@ -1,0 +1,1 @@
+"""Trains click-through-rate and ranking models on sharded embedding tables that grow."""

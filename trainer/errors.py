@@ -1,0 +1,29 @@
+"""What a user can do wrong, as exceptions; the command line prints each as one line and exits with code 1."""
+
+
+class UserError(Exception):
+    """A mistake that the reader of the message can mend: says what is wrong, what is right and what to do."""
+
+
+class ConfigError(UserError):
+    """The run description is wrong."""
+
+
+class DataError(UserError):
+    """The data are missing, unreadable or not what the run description says."""
+
+
+class ShardingError(UserError):
+    """The tables cannot be placed on the devices that there are."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class MetricError(UserError):
+    """A metric is not defined on these rows."""
+
+
+class InstallError(UserError):
+    """What is installed does not fit together."""
