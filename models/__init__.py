@@ -1,0 +1,100 @@
+"""Models of click-through rate as plain PyTorch: tensors in, logits out; no ranks, files or tables.
+
+``build`` makes one from its kind and options; ``models.model.CTRModel`` says what goes in and comes out.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from models.blocks import MLPOptions
+from models.dcn import DCN, DCNv2
+from models.deepfm import DeepFM
+from models.dnn import DNN
+from models.fm import FM
+from models.linear import LR
+from models.model import CTRModel, LinearSource
+from models.options import one_of, unknown
+from models.wide_deep import WideDeep
+
+__all__ = ["MODELS", "CTRModel", "LinearSource", "build", "check_options", "linear_source", "options_of"]
+
+MODELS: dict[str, type[CTRModel]] = {
+    "lr": LR,
+    "fm": FM,
+    "dnn": DNN,
+    "deepfm": DeepFM,
+    "dcn": DCN,
+    "dcnv2": DCNv2,
+    "wide_deep": WideDeep,
+}
+
+SIZES = ("num_dense", "num_fields", "dim")
+"""Constructor arguments that the data and tables decide, not the run description's model section."""
+
+
+def build(kind: str, *, num_dense: int, num_fields: int, dim: int, **options: Any) -> CTRModel:
+    """Make the model ``kind`` for N dense features and F fields embedded in D columns.
+
+    Raises:
+        ValueError: an unknown kind, an unknown, missing or wrong option; one line that names the nearest right one.
+    """
+    check_options(kind, options)
+    return MODELS[kind](num_dense=num_dense, num_fields=num_fields, dim=dim, **options)
+
+
+def check_options(kind: str, options: Mapping[str, object]) -> None:
+    """Raise ValueError if ``kind`` is unknown, does not have one of ``options``, or needs one that is missing.
+
+    Values are checked by ``build``, as some depend on the sizes.
+    """
+    allowed = options_of(kind)
+    for option in options:
+        if option not in allowed:
+            raise ValueError(unknown(f"option for model kind {kind!r}:", option, allowed))
+    for option, required in allowed.items():
+        if required and option not in options:
+            raise ValueError(f"model kind {kind!r} needs the option {option}")
+
+
+def options_of(kind: str) -> dict[str, bool]:
+    """The options of model ``kind``, each with whether it must be given.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+
+    >>> options_of("fm")
+    {'linear': False}
+    >>> options_of("dnn")
+    {'hidden': True, 'activation': False, 'dropout': False, 'batch_norm': False, 'init': False}
+    """
+    if kind not in MODELS:
+        raise ValueError(unknown("model kind", kind, MODELS))
+    allowed: dict[str, bool] = {}
+    for name, parameter in inspect.signature(MODELS[kind]).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # the options of the deep part, passed on
+            allowed |= {option: option in MLPOptions.__required_keys__ for option in MLPOptions.__annotations__}
+        elif name not in SIZES:
+            allowed[name] = parameter.default is inspect.Parameter.empty
+    return allowed
+
+
+def linear_source(kind: str, options: Mapping[str, object]) -> LinearSource:
+    """Where model ``kind`` with ``options`` takes first-order weights from; only ``"table"`` needs 1-wide tables.
+
+    Raises:
+        ValueError: ``kind`` or the option ``linear`` is not right.
+
+    >>> linear_source("deepfm", {"hidden": [64, 32]}), linear_source("deepfm", {"linear": "none"})
+    ('table', 'none')
+    >>> linear_source("dnn", {})
+    'none'
+    """
+    if kind not in MODELS:
+        raise ValueError(unknown("model kind", kind, MODELS))
+    sources = MODELS[kind].LINEAR_SOURCES
+    if not sources:
+        return "none"
+    chosen = options.get("linear", sources[0])
+    one_of("linear", chosen, sources)
+    return sources[[*sources].index(chosen)]  # type: ignore[arg-type]

@@ -1,0 +1,183 @@
+"""Deep & Cross networks, first and second version: explicit feature crosses of bounded degree, and a deep part.
+
+Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim, I = F * D + N inputs, R rank.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, Unpack, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import options
+from models.blocks import MLP, Logit, MLPOptions, deep_input
+from models.model import CTRModel
+
+Structure = Literal["parallel", "stacked"]
+
+
+def uniform(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter drawn from ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``, as ``nn.Linear`` starts its weights."""
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class VectorCross(nn.Module):
+    """``x_{l+1} = x_0 (x_l^T w) + b + x_l`` with ``weight`` w and ``bias`` b ``[I]`` (Wang et al. 2017, equation 3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = uniform(width, fan_in=width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        """Return ``x_{l+1}``, shape [B, I]."""
+        return x0_BI * (x_BI @ self.weight).unsqueeze(1) + self.bias + x_BI
+
+
+class MatrixCross(nn.Module):
+    """``x_{l+1} = x_0 * (W x_l + b) + x_l`` with ``weight`` W ``[I, I]``, ``bias`` b ``[I]``.
+
+    Wang et al. 2021, "DCN V2", equation 1; ``*`` is element by element.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = uniform(width, width, fan_in=width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        """Return ``x_{l+1}``, shape [B, I]."""
+        return x0_BI * F.linear(x_BI, self.weight, self.bias) + x_BI
+
+
+class LowRankCross(nn.Module):
+    """``x_{l+1} = x_0 * (U (V^T x_l) + b) + x_l`` with ``u``, ``v`` ``[I, R]``, ``bias`` ``[I]``.
+
+    Wang et al. 2021, "DCN V2", equation 2: ``MatrixCross`` with ``W = U V^T``.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.u = uniform(width, rank, fan_in=rank)
+        self.v = uniform(width, rank, fan_in=width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        """Return ``x_{l+1}``, shape [B, I]."""
+        return x0_BI * F.linear(x_BI @ self.v, self.u, self.bias) + x_BI
+
+
+class CrossNetwork(nn.Module):
+    """Cross layers one after another, each multiplying by the input ``x_0`` once more."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x0_BI: Tensor) -> Tensor:
+        """Return the output of the last layer, shape [B, I]."""
+        x_BI = x0_BI
+        for layer in self.layers:
+            x_BI = layer(x0_BI, x_BI)
+        return x_BI
+
+
+class DCN(CTRModel):
+    """``<w, [cross(x_0), MLP(x_0)]> + b`` with ``x_0 = [v_1, ..., v_F, dense]`` (Wang et al. 2017, equation 5).
+
+    cross_layers: how many ``VectorCross`` layers; crosses have a degree of up to ``cross_layers + 1``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_dense: int,
+        num_fields: int,
+        dim: int,
+        cross_layers: int = 3,
+        **mlp: Unpack[MLPOptions],
+    ) -> None:
+        super().__init__()
+        options.whole("cross_layers", cross_layers, least=1)
+        width = num_fields * dim + num_dense
+        self.num_dense = num_dense
+        self.mlp = MLP(width, logit=False, **mlp)
+        refuse_no_hidden(mlp)
+        self.cross = CrossNetwork(VectorCross(width) for _ in range(cross_layers))
+        self.head = Logit(width + self.mlp.out_features)
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        """Return logits, shape [B]; ``linear_BF`` is not used."""
+        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
+        logits_B: Tensor = self.head(torch.cat([self.cross(x0_BI), self.mlp(x0_BI)], dim=1))
+        return logits_B
+
+
+class DCNv2(CTRModel):
+    """Crosses with a full or low-rank matrix per layer (Wang et al. 2021, "DCN V2").
+
+    cross_layers: how many cross layers.
+    rank: R of ``LowRankCross``, less than ``F * D + N``; without it the layers are ``MatrixCross``.
+    structure: ``"parallel"``: ``<w, [cross(x_0), MLP(x_0)]> + b``; ``"stacked"``: ``<w, MLP(cross(x_0))> + b``,
+        where ``hidden=[]`` leaves the cross network alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_dense: int,
+        num_fields: int,
+        dim: int,
+        cross_layers: int = 3,
+        rank: int | None = None,
+        structure: Structure = "parallel",
+        **mlp: Unpack[MLPOptions],
+    ) -> None:
+        super().__init__()
+        options.whole("cross_layers", cross_layers, least=1)
+        options.one_of("structure", structure, get_args(Structure))
+        width = num_fields * dim + num_dense
+        self.num_dense = num_dense
+        self.parallel = structure == "parallel"
+        self.mlp = MLP(width, logit=False, **mlp)
+        if self.parallel:
+            refuse_no_hidden(mlp)
+        self.cross = CrossNetwork(matrix_cross(width, rank) for _ in range(cross_layers))
+        self.head = Logit((width if self.parallel else 0) + self.mlp.out_features)
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        """Return logits, shape [B]; ``linear_BF`` is not used."""
+        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
+        crossed_BI = self.cross(x0_BI)
+        if self.parallel:
+            parallel_B: Tensor = self.head(torch.cat([crossed_BI, self.mlp(x0_BI)], dim=1))
+            return parallel_B
+        stacked_B: Tensor = self.head(self.mlp(crossed_BI))
+        return stacked_B
+
+
+def matrix_cross(width: int, rank: int | None) -> nn.Module:
+    """A cross layer of DCN v2: full-rank without ``rank``.
+
+    Raises:
+        ValueError: ``rank`` is not a whole number from 1 to ``width - 1``.
+    """
+    if rank is None:
+        return MatrixCross(width)
+    options.whole("rank", rank, least=1)
+    if rank >= width:
+        raise ValueError(
+            f"model option rank={rank} must be less than the model's {width} inputs; leave it out for full rank"
+        )
+    return LowRankCross(width, rank)
+
+
+def refuse_no_hidden(mlp: MLPOptions) -> None:
+    """Raise ValueError if there are no hidden layers: beside the crosses, the input itself would be the deep part."""
+    if not mlp["hidden"]:
+        raise ValueError(
+            "model option hidden=[] leaves nothing beside the cross layers; give widths such as [64, 32], "
+            "or kind='dcnv2' with structure='stacked' for cross layers alone"
+        )

@@ -1,0 +1,34 @@
+"""What every model is: a function from dense features, embeddings and first-order weights to logits.
+
+Shapes, here and in all files of ``models``: B rows, N dense features, F fields (F1 in 1-wide tables), D dim,
+H units, I = F * D + N inputs of a deep part. B may be 0 or 1, N and F1 may be 0.
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+LinearSource = Literal["table", "projection", "none"]
+"""Where the first-order weights of the fields come from: 1-wide tables, a projection of the embeddings, nowhere."""
+
+
+class CTRModel(nn.Module):
+    """A model of click-through rate, without its tables.
+
+    The constructor takes keywords only: ``num_dense`` (N), ``num_fields`` (F), ``dim`` (D) and the model's options.
+    All parameters take part in every backward, also with no rows, so that data-parallel training never waits.
+    """
+
+    NEEDS_EMBEDDINGS: ClassVar[bool] = True
+    """Whether ``embeddings_BFD`` is used."""
+
+    LINEAR_SOURCES: ClassVar[tuple[LinearSource, ...]] = ()
+    """Values of the option ``linear``, the default first; empty if the model has no first-order term."""
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        """Return logits, float32 [B]. Not probabilities: the loss owns the sigmoid.
+
+        dense_BN: float32 [B, N]. embeddings_BFD: float32 [B, F, D]. linear_BF: float32 [B, F1], looked up in 1-wide
+        tables. A model ignores what it does not use.
+        """
+        raise NotImplementedError

@@ -1,0 +1,315 @@
+"""The run description: TOML in, frozen typed values out; every mistake is one line that names the key.
+
+Knows nothing of files of data, devices or ranks: what can only be checked against those is checked where they are met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.recipe import DenseOptimizerConfig, InitConfig, SparseOptimizerConfig, require
+
+ShardingType = Literal[
+    "data_parallel",
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableConfig:
+    """One logical table, shared by all its features."""
+
+    name: str
+    """Public for life: the parameter is ``embedding.NAME.weight``, or ``linear.NAME.weight`` for role linear."""
+
+    features: tuple[str, ...]
+    """Sparse columns that share this table; glob patterns, each sorted by name."""
+
+    role: Literal["embedding", "linear"] = "embedding"
+    """``embedding`` feeds the model's [B, F, D]; ``linear`` is the 1-wide first-order term."""
+
+    dim: int = 16
+    """Columns of a row as the model sees them; any width (the kernels' multiple of 4 is taken care of)."""
+
+    ids: Literal["identity", "hashed"] = "hashed"
+    """``identity``: the id is the row number. ``hashed``: any int64 id, fixed rows, collisions accepted."""
+
+    rows: int = 1_000_000
+    """Capacity: rows over all ranks."""
+
+    pooling: Literal["sum", "mean"] = "sum"
+    """How the rows of a multi-valued feature become one."""
+
+    optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
+    """Applied in backward; tables of equal features, ids, rows and element-wise optimizer share one physical table."""
+
+    init: InitConfig | None = None
+    """First value of a row; by default uniform within 0.01 for embeddings and zeros for linear tables."""
+
+    sharding: tuple[ShardingType, ...] = ()
+    """Sharding types that the planner may choose from; empty leaves it every one but data_parallel."""
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), f"name is {self.name!r}, expected letters, digits and underscores")
+        require(bool(self.features), "features is empty, expected at least one column or pattern")
+        require(self.dim >= 1, f"dim is {self.dim}, expected 1 or more")
+        require(self.rows >= 1, f"rows is {self.rows}, expected 1 or more")
+        require(self.rows < 1 << 40, f"rows is {self.rows}, expected fewer than 2**40")
+        if self.role == "linear":
+            require(self.dim == 1, f"dim is {self.dim}, expected 1 for a table of role 'linear'")
+        if "data_parallel" in self.sharding:
+            require(
+                len(self.sharding) == 1,
+                "sharding mixes data_parallel with other types; name data_parallel alone: its optimizer is another",
+            )
+            require(
+                self.optimizer.kind != "rowwise_adagrad",
+                "optimizer.kind is 'rowwise_adagrad', which data_parallel tables do not have; use 'adagrad'",
+            )
+        if self.optimizer.kind == "rowwise_adagrad" and self.sharding:
+            require(
+                not set(self.sharding) <= {"column_wise", "table_column_wise", "grid_shard"},
+                f"sharding {list(self.sharding)} splits rows, and rowwise_adagrad needs them whole; "
+                "use optimizer.kind = 'adagrad' or add 'row_wise' or 'table_wise'",
+            )
+
+    @property
+    def key(self) -> str:
+        """Public parameter name: the key in checkpoints, logs and digests."""
+        return f"{self.role}.{self.name}.weight"
+
+    @property
+    def initial(self) -> InitConfig:
+        """What new rows start from, with the role's default filled in."""
+        return self.init or (InitConfig() if self.role == "embedding" else InitConfig(kind="zeros"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformConfig:
+    """What happens to dense columns between the file and the model."""
+
+    columns: tuple[str, ...]
+    """Glob patterns over dense columns; the first rule that matches a column is the one used."""
+
+    kind: Literal["none", "log1p", "standardize", "clip"] = "none"
+    """``log1p``: sign(x) log(1 + |x|). ``standardize``: (x - mean) / std. ``clip``: into [low, high]."""
+
+    mean: float | None = None
+    """For ``standardize``; measured on the training files when absent."""
+
+    std: float | None = None
+    """For ``standardize``; measured on the training files when absent."""
+
+    low: float | None = None
+    """Lower bound of ``clip``."""
+
+    high: float | None = None
+    """Upper bound of ``clip``."""
+
+    null: float | None = None
+    """What a null becomes, after the transform; without it a null is an error."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.columns), "columns is empty, expected at least one pattern")
+        if self.kind == "clip":
+            require(
+                self.low is not None and self.high is not None and self.low <= self.high,
+                f"low is {self.low} and high is {self.high}, expected low <= high for kind 'clip'",
+            )
+        require((self.mean is None) == (self.std is None), "mean and std belong together; give both or neither")
+        require(self.std is None or self.std > 0, f"std is {self.std}, expected above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which rows are read, and in which order."""
+
+    train: tuple[str, ...]
+    """Parquet files to train on; glob patterns."""
+
+    validation: tuple[str, ...] = ()
+    """Parquet files scored during training; early stopping and the best checkpoint go by them."""
+
+    test: tuple[str, ...] = ()
+    """Parquet files scored once at the end, with the best checkpoint."""
+
+    labels: tuple[str, ...] = ("click",)
+    """Columns of 0 and 1."""
+
+    dense: tuple[str, ...] = ()
+    """Glob patterns over numeric columns."""
+
+    transforms: tuple[TransformConfig, ...] = ()
+    """Rules for dense columns; a column that no rule matches is taken as it is, and a null in it is an error."""
+
+    user: str = ""
+    """Integer or string column that groups rows for GAUC; empty for none."""
+
+    probability: str = ""
+    """Column with the generating probability of made data; reported beside the test metrics as the best possible."""
+
+    global_batch_size: int = 4096
+    """Rows per step over all ranks; each rank takes an equal part."""
+
+    streams: int = 8
+    """Equal spans that an epoch is cut into; a multiple of every world size that the run will see."""
+
+    epochs: int = 1
+    """Times that every row is trained on."""
+
+    shuffle: bool = True
+    """Permute row groups, and rows inside them, anew each epoch."""
+
+    prefetch_batches: int = 4
+    """Batches that are decoded and mapped ahead of the training thread."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.train), "train is empty, expected at least one file or pattern")
+        require(len(self.labels) == 1, f"labels has {len(self.labels)} entries, expected exactly one")
+        require(self.streams >= 1, f"streams is {self.streams}, expected 1 or more")
+        require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
+        require(self.prefetch_batches >= 1, f"prefetch_batches is {self.prefetch_batches}, expected 1 or more")
+        nearest = max(1, round(self.global_batch_size / self.streams)) * self.streams
+        require(
+            self.global_batch_size > 0 and self.global_batch_size % self.streams == 0,
+            f"global_batch_size is {self.global_batch_size}, expected a multiple of streams = {self.streams}, "
+            f"such as {nearest}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardingConfig:
+    """What the planner may count on."""
+
+    memory_gib: float = 0.0
+    """Memory for tables per rank; 0 takes an equal part of what the host or device has."""
+
+    pack: bool = True
+    """Put tables that allow it side by side in one physical table; changes no result and no name."""
+
+    def __post_init__(self) -> None:
+        require(self.memory_gib >= 0, f"memory_gib is {self.memory_gib}, expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """When validation is scored and what follows from it."""
+
+    every_steps: int = 0
+    """Steps between scorings of validation; 0 scores it at the end of each epoch."""
+
+    metric: Literal["auc", "gauc", "logloss_nats", "normalized_entropy"] = "auc"
+    """What the best checkpoint and early stopping go by."""
+
+    patience: int = 0
+    """Scorings without improvement after which training stops; 0 never stops early."""
+
+    min_improvement: float = 1e-6
+    """Smaller changes of the metric count as none."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
+        require(self.patience >= 0, f"patience is {self.patience}, expected 0 or more")
+        require(self.min_improvement >= 0, f"min_improvement is {self.min_improvement}, expected 0 or more")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value of ``metric`` is the better one."""
+        return self.metric in ("auc", "gauc")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When state is saved and what is kept."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; one is always saved at the end. 0 saves at the end and after each scoring only."""
+
+    keep: int = 3
+    """Newest checkpoints kept; the best by validation is kept besides."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
+        require(self.keep >= 2, f"keep is {self.keep}, expected 2 or more, so that one good one is always left")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """What is written about the run besides the terminal and metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events under the output's ``tensorboard`` folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run's result, and where it goes."""
+
+    data: DataConfig
+    tables: tuple[TableConfig, ...]
+    model: dict[str, Any]
+    """``kind`` and that model's options; see ``models.MODELS``."""
+
+    seed: int = 0
+    """Decides the order of rows, first values and dropout."""
+
+    output: str = "runs/default"
+    """Folder of checkpoints, metrics and plan; a run whose folder exists resumes from it."""
+
+    max_steps: int = 0
+    """Steps after which training ends; 0 goes to the end of the epochs."""
+
+    segment_steps: int = 100
+    """Steps between safe points: report, grow tables, checkpoint, evaluate."""
+
+    dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.tables), "tables is empty, expected at least one [[tables]] section")
+        require(self.max_steps >= 0, f"max_steps is {self.max_steps}, expected 0 or more")
+        require(self.segment_steps >= 1, f"segment_steps is {self.segment_steps}, expected 1 or more")
+        require(-(1 << 63) <= self.seed < 1 << 63, f"seed is {self.seed}, expected a 64-bit integer")
+        require(isinstance(self.model.get("kind"), str), "model.kind is missing, expected the name of a model")
+        names = [table.key for table in self.tables]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"tables: two tables have the public name {', '.join(twice)}; rename one")
+        dims = {table.dim for table in self.tables if table.role == "embedding"}
+        require(
+            len(dims) <= 1,
+            f"tables: role 'embedding' has dims {sorted(dims)}; one [B, F, D] needs the same dim in all of them",
+        )
+        if self.evaluation.metric == "gauc":
+            require(
+                bool(self.data.user),
+                "evaluation.metric is 'gauc', which needs data.user, the column of users",
+            )
+        if self.evaluation.patience:
+            require(bool(self.data.validation), "evaluation.patience needs data.validation to be scored")
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """The run description as plain TOML/JSON data, every default filled in and absent values left out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+            return {name: plain(item) for name, item in pairs if item is not None}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return value
+
+    result: dict[str, Any] = plain(config)
+    return result

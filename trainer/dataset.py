@@ -1,0 +1,226 @@
+"""Paths to a data set: which Parquet files there are, their row groups, and a fingerprint that a resumed run checks.
+
+Reads footers, and whole row groups as Arrow tables for those who ask; knows nothing of what the columns mean.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.columns import Place
+from trainer.errors import DataError
+
+_FOOTER_THREADS = 16  # opening files is waiting for the disk, most of all on network file systems
+_OPEN_FILES = 16  # parsing a footer costs about a microsecond per column and row group, so files stay open for a while
+_TAIL_BYTES = 8  # a Parquet file ends with the footer's length (4 bytes, little-endian) and 4 bytes of magic
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One Parquet file, as its footer describes it."""
+
+    path: str
+    """As the user's pattern names it."""
+
+    name: str
+    """Relative to the deepest folder that holds all files of the data set: stays when that folder moves."""
+
+    schema: pa.Schema
+    row_group_sizes: tuple[int, ...]
+    fingerprint: str
+    """SHA-256 (hex) over the file's size, rows per row group and footer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """One row group of a data set."""
+
+    file: DataFile
+    index: int
+    """Place in its file."""
+
+    rows: int
+    first_in_file: int
+    """Number in its file of the first row."""
+
+    first_row: int
+    """Number in the data set of the first row."""
+
+    @property
+    def place(self) -> Place:
+        """Where its rows are, for messages."""
+        return Place(self.file.path, self.first_in_file)
+
+
+class Dataset:
+    """Parquet files in the order of their names, as one list of row groups."""
+
+    def __init__(self, files: Sequence[DataFile], what: str) -> None:
+        self.files = tuple(files)
+        self.what = what
+        """The key of the run description that named the files; begins messages."""
+
+        self.row_groups = tuple(_row_groups(self.files))
+        self.row_group_sizes = [group.rows for group in self.row_groups]
+        self.num_rows = sum(self.row_group_sizes)
+        if not self.num_rows:
+            raise DataError(f"{what}: {len(self.files)} files have no rows; name files with at least one")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over every file's name and fingerprint, in order."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.fingerprint}\0".encode())
+        return digest.hexdigest()
+
+    def place_of(self, row_number: int) -> str:
+        """File and row in it, for messages, of a row by its number in the data set."""
+        firsts = [group.first_row for group in self.row_groups]
+        group = self.row_groups[int(np.searchsorted(firsts, row_number, side="right")) - 1]
+        return group.place.at(row_number - group.first_row)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data set: the whole fingerprint and one per file, in order."""
+        return {"fingerprint": self.fingerprint, "files": {file.name: file.fingerprint for file in self.files}}
+
+    def differs_from(self, saved: dict[str, Any]) -> str | None:
+        """Which file is not as in ``saved`` (from ``to_plain``), in one line; None when all are the same."""
+        if saved["fingerprint"] == self.fingerprint:
+            return None
+        paths = {file.name: file.path for file in self.files}
+        here = {file.name: file.fingerprint for file in self.files}
+        before: dict[str, str] = saved["files"]
+        for name, path in paths.items():
+            if name not in before:
+                return f"{self.what}: {path} is new since the checkpoint"
+            if before[name] != here[name]:
+                return f"{self.what}: {path} has changed since the checkpoint"
+        gone = next((name for name in before if name not in here), None)
+        return (
+            f"{self.what}: {gone} was there at the checkpoint" if gone else f"{self.what}: the order of files differs"
+        )
+
+
+def open_dataset(patterns: Sequence[str], what: str) -> Dataset:
+    """The data set of all files that ``patterns`` (paths and globs, ``**`` too) match, sorted by path, each once.
+
+    ``what`` is the key of the run description that holds the patterns, such as ``data.train``.
+
+    Raises:
+        DataError: a pattern matches nothing, a file is missing, unreadable or not Parquet, or there are no rows.
+    """
+    paths = {os.path.abspath(path): path for pattern in patterns for path in _matches(pattern, what)}
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    named = sorted((os.path.relpath(absolute, folder).replace(os.sep, "/"), path) for absolute, path in paths.items())
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        files = list(pool.map(lambda pair: _open_file(pair[1], pair[0], what), named))
+    return Dataset(files, what)
+
+
+class RowGroupReader:
+    """Reads row groups of a data set as Arrow tables of the named columns; a context manager.
+
+    Keeps the files that were read last open.
+    """
+
+    def __init__(self, dataset: Dataset, names: Iterable[str]) -> None:
+        self._dataset = dataset
+        self._names = list(names)
+        self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+
+    def __enter__(self) -> RowGroupReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def read(self, row_group: int) -> pa.Table:
+        """The row group of that number in the data set, decoded on the calling thread.
+
+        Raises:
+            DataError: it cannot be read or decoded, or has other rows than when the data set was opened.
+        """
+        group = self._dataset.row_groups[row_group]
+        where = f"{group.file.path}: row group {group.index}"
+        try:
+            # One thread: the other ranks of this machine decode at the same time.
+            table = self._file(group.file.path).read_row_group(group.index, columns=self._names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{where} cannot be read: {_one_line(error)}; write the file anew") from error
+        if table.num_rows != group.rows:
+            raise DataError(f"{where} has {table.num_rows} rows, and had {group.rows} when the run started; start anew")
+        return table
+
+    def _file(self, path: str) -> pq.ParquetFile:
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            if len(self._open) == _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True)
+        return self._open[path]
+
+
+def _row_groups(files: Iterable[DataFile]) -> Iterable[RowGroup]:
+    first_row = 0
+    for file in files:
+        first_in_file = 0
+        for index, rows in enumerate(file.row_group_sizes):
+            yield RowGroup(file, index, rows, first_in_file, first_row)
+            first_in_file += rows
+            first_row += rows
+
+
+def _matches(pattern: str, what: str) -> list[str]:
+    if os.path.exists(pattern):
+        return [pattern]
+    paths = glob.glob(pattern, recursive=True)
+    if not paths:
+        problem = "matches no file" if glob.has_magic(pattern) else "does not exist"
+        looked = "" if os.path.isabs(pattern) else f" (seen from {os.getcwd()})"
+        raise DataError(f"{what}: {pattern} {problem}{looked}; name existing Parquet files")
+    return paths
+
+
+def _open_file(path: str, name: str, what: str) -> DataFile:
+    if os.path.isdir(path):
+        raise DataError(f"{what}: {path} is a folder; name its files, such as {os.path.join(path, '*.parquet')}")
+    try:
+        metadata = pq.read_metadata(path)
+        size, footer = _size_and_footer(path)
+        schema = metadata.schema.to_arrow_schema().remove_metadata()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{what}: {path} cannot be read as Parquet: {_one_line(error)}; write it anew or leave it out"
+        ) from error
+    sizes = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    digest = hashlib.sha256(f"{size} {sizes}".encode())
+    digest.update(footer)
+    return DataFile(path, name, schema, sizes, digest.hexdigest())
+
+
+def _size_and_footer(path: str) -> tuple[int, bytes]:
+    """Bytes of the file, and the bytes of its Parquet footer."""
+    with open(path, "rb") as file:
+        size = file.seek(-_TAIL_BYTES, os.SEEK_END) + _TAIL_BYTES
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(size - _TAIL_BYTES - length)
+        return size, file.read(length)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")

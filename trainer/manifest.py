@@ -1,0 +1,167 @@
+"""The file that makes a directory a checkpoint: what it holds, where it belongs, and a checksum of every other file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128
+
+from trainer.errors import CheckpointError
+from trainer.rows import Cursor
+
+FORMAT = 1
+NAME = "manifest.json"
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows of one table as one rank wrote them: tensors ``path/ids``, ``path/weight``, ``path/<moment>``."""
+
+    table: str
+    """Public parameter name."""
+
+    path: str
+    row: int
+    """First row of the block in the row space of the writing world."""
+
+    row_end: int
+    """One past its last row there; fewer ids may be in use."""
+
+    ids: int
+    """Rows in the block: ids in use."""
+
+    begin: int
+    """First logical column."""
+
+    end: int
+    """One past the last logical column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that must be known before the state can be read."""
+
+    step: int
+    cursor: Cursor
+    world_size: int
+    config: dict[str, Any]
+    """The resolved run description."""
+
+    data: dict[str, Any]
+    """Columns and the fingerprints of the training files."""
+
+    tables: dict[str, dict[str, Any]]
+    """Public name to rows, capacity, dim and names of moments."""
+
+    dense: dict[str, list[int]]
+    """Public name to shape, in the model's order; buffers included."""
+
+    plan: list[dict[str, Any]]
+    blocks: tuple[Block, ...]
+    evaluations: tuple[tuple[int, float], ...]
+    """(step, value of evaluation.metric) of every scoring so far."""
+
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+    """Path within the checkpoint to ``bytes`` and ``xxh3_128``."""
+
+    format: int = FORMAT
+
+    def best(self, higher_is_better: bool) -> tuple[int, float] | None:
+        """Step and value of the best scoring so far; the earliest of equals."""
+        if not self.evaluations:
+            return None
+        sign = 1.0 if higher_is_better else -1.0
+        return max(self.evaluations, key=lambda entry: (sign * entry[1], -entry[0]))
+
+
+def write(directory: Path, manifest: Manifest) -> None:
+    """Make ``directory`` a checkpoint: the manifest appears in it whole, after everything else is on disk."""
+    write_atomically(directory / NAME, json.dumps(dataclasses.asdict(manifest), indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file with ``text`` that is on disk before its name is; readers see the old or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the names in ``directory`` on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or another version of shardrec wrote it.
+    """
+    path = directory / NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} has no {NAME}: it is not a complete checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise CheckpointError(f"{path} has format {found}, expected {FORMAT}; use the version that wrote it")
+    try:
+        return _from_plain(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _from_plain(data: dict[str, Any]) -> Manifest:
+    return Manifest(
+        **data
+        | {
+            "cursor": Cursor(**data["cursor"]),
+            "blocks": tuple(Block(**block) for block in data["blocks"]),
+            "evaluations": tuple((int(step), float(value)) for step, value in data["evaluations"]),
+        }
+    )
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size and xxh3_128 of a file, read in pieces."""
+    digest, size = xxh3_128(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "xxh3_128": digest.hexdigest()}
+
+
+def damaged(directory: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
+    """What is wrong with the named files of a checkpoint, one phrase each; empty if they are as they were written."""
+    found = []
+    for name in names:
+        expected, path = manifest.files[name], directory / name
+        try:
+            actual = checksum(path)
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if actual["bytes"] != expected["bytes"]:
+            found.append(f"{name} has {actual['bytes']} bytes, expected {expected['bytes']}")
+        elif actual != expected:
+            found.append(f"{name} has checksum {actual['xxh3_128']}, expected {expected['xxh3_128']}")
+    return found

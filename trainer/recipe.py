@@ -1,0 +1,131 @@
+"""How parameters start and move: the part of the run description that names optimizers, schedules and first values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trainer.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with ``message`` unless ``condition``; the loader puts the key's place before it."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleConfig:
+    """How a learning rate moves: a linear warm-up, then a decay."""
+
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly to its full value; 0 starts at the full value."""
+
+    decay: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """What follows the warm-up."""
+
+    decay_steps: int = 0
+    """Steps after the warm-up over which ``linear`` and ``cosine`` fall to ``final``, or one ``exponential`` factor."""
+
+    final: float = 0.0
+    """Fraction of the full rate that ``linear`` and ``cosine`` end at."""
+
+    factor: float = 0.5
+    """What ``exponential`` multiplies the rate by every ``decay_steps``, smoothly."""
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}, expected 0 or more")
+        require(0.0 <= self.final <= 1.0, f"final is {self.final}, expected a fraction from 0 to 1")
+        require(0.0 < self.factor <= 1.0, f"factor is {self.factor}, expected above 0 and at most 1")
+        if self.decay != "constant":
+            require(
+                self.decay_steps > 0,
+                f"decay_steps is {self.decay_steps}, expected 1 or more for decay {self.decay!r}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseOptimizerConfig:
+    """The optimizer of one table, applied in backward to the rows that the batch looked up."""
+
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "adagrad"
+    """``adam`` needs CUDA, or a data_parallel table."""
+
+    lr: float = 0.05
+    """Learning rate at full value."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment; must be above 0, so that columns without a gradient stay put."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
+
+    weight_decay: float = 0.0
+    """L2: added to the gradient times the weight; only in rows that the batch looked up, unless data_parallel."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How the learning rate moves."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}, expected a number above 0")
+        require(self.eps > 0, f"eps is {self.eps}, expected a number above 0")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}, expected 0 or more")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas are {self.betas}, expected two numbers in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseOptimizerConfig:
+    """The optimizer of the interaction model, on gradients averaged over ranks."""
+
+    kind: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    """torch.optim's optimizer of that name."""
+
+    lr: float = 1e-3
+    """Learning rate at full value."""
+
+    eps: float = 1e-8
+    """Added to the root of the second moment (adam, adamw, adagrad)."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment (adam, adamw)."""
+
+    momentum: float = 0.0
+    """Momentum of sgd."""
+
+    weight_decay: float = 0.0
+    """L2 added to the gradient; for adamw decoupled from it."""
+
+    max_grad_norm: float = 0.0
+    """Gradient norm over all dense parameters is clipped to this; 0 does not clip."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """How the learning rate moves."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}, expected a number above 0")
+        require(self.eps > 0, f"eps is {self.eps}, expected a number above 0")
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum}, expected a number in [0, 1)")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}, expected 0 or more")
+        require(self.max_grad_norm >= 0, f"max_grad_norm is {self.max_grad_norm}, expected 0 or more")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas are {self.betas}, expected two numbers in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """The first value of a row: a pure function of (seed, table, id, column)."""
+
+    kind: Literal["uniform", "normal", "zeros"] = "uniform"
+    """Distribution of each entry, with mean 0."""
+
+    scale: float = 0.01
+    """Half the width of ``uniform``, standard deviation of ``normal``."""
+
+    def __post_init__(self) -> None:
+        require(self.scale >= 0 and math.isfinite(self.scale), f"scale is {self.scale}, expected 0 or more")

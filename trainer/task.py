@@ -1,0 +1,113 @@
+"""Tables + interaction model + loss, joined once: the one forward that the pipeline traces.
+
+Shapes: B rows, F fields, P physical width, D logical dim, N dense columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from trainer.batch import Batch
+from trainer.tables import PhysicalTable, output_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a step tells about its rows."""
+
+    logits: Tensor
+    """float32 [num_rows], detached; real rows only."""
+
+    batch: Batch
+
+
+def by_feature(pooled: KeyedTensor, keys: Sequence[str]) -> Tensor:
+    """Pooled embeddings of ``keys`` as [B, F, P], in the order of ``keys``, which are all equally wide.
+
+    Looks each key up by name: a sharded collection orders its output by sharding type, so ``pooled.values()`` changes
+    meaning whenever the plan does. Where the keys do lie side by side this is a view, else one copy.
+    """
+    offsets = pooled.offset_per_key()
+    begins = dict(zip(pooled.keys(), offsets, strict=False))
+    ends = dict(zip(pooled.keys(), offsets[1:], strict=False))
+    width = ends[keys[0]] - begins[keys[0]]
+    first = begins[keys[0]]
+    values = pooled.values()
+    if all(begins[key] == first + number * width for number, key in enumerate(keys)):
+        return values[:, first : first + len(keys) * width].unflatten(1, (len(keys), width))
+    return torch.stack([values[:, begins[key] : ends[key]] for key in keys], dim=1)
+
+
+class Head(nn.Module):
+    """What follows the lookup: columns by name, the interaction model, the loss. A leaf to the pipeline's tracer."""
+
+    def __init__(self, model: nn.Module, physical: Sequence[PhysicalTable], *, seed: int, world_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self._seed = seed
+        self._world_size = world_size
+        self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        keys = output_keys(physical)
+        self._sources = {
+            role: [
+                (keys[table.name], part.begin, part.end)
+                for table in physical
+                for part in table.parts
+                if part.table.config.role == role
+            ]
+            for role in ("embedding", "linear")
+        }
+
+    def forward(self, pooled: KeyedTensor, batch: Batch) -> tuple[Tensor, Prediction]:
+        """The loss to run backward from, and the logits of the real rows.
+
+        Loss: the sum of cross entropy over this rank's rows times ``world_size / global_rows``. Averaged over ranks,
+        as DistributedDataParallel and TorchRec do with gradients, this is the mean over the global batch, however its
+        rows are spread.
+        """
+        if self._draws and self.training:
+            self._seed_dropout(batch)
+        rows = batch.num_rows
+        logits_B = self.model(batch.dense[:rows], self._role(pooled, "embedding", rows), self._linear(pooled, rows))
+        total = binary_cross_entropy_with_logits(logits_B, batch.labels[:rows], reduction="sum")
+        return total * (self._world_size / batch.global_rows), Prediction(logits_B.detach(), batch)
+
+    def _role(self, pooled: KeyedTensor, role: str, rows: int) -> Tensor:
+        """[rows, F, D] of all tables of one role; [rows, 0, 0] where the run has none."""
+        blocks = [by_feature(pooled, keys)[:rows, :, begin:end] for keys, begin, end in self._sources[role]]
+        if not blocks:
+            return pooled.values().new_zeros(rows, 0, 0)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+
+    def _linear(self, pooled: KeyedTensor, rows: int) -> Tensor:
+        return self._role(pooled, "linear", rows).flatten(1)
+
+    def _seed_dropout(self, batch: Batch) -> None:
+        """Masks are a function of (seed, place in the data), so that a resumed run draws the same."""
+        first = int(batch.raw.row_numbers[0]) + 1 if batch.num_rows else 0
+        torch.manual_seed(hash((self._seed, batch.cursor.epoch, batch.cursor.step, first)) & (2**63 - 1))
+
+
+class CTRTask(nn.Module):
+    """Tables, interaction model and loss, joined in the only way the pipeline can overlap.
+
+    ``TrainPipelineSparseDist`` starts the ids' all-to-all early only if the lookup's input is a plain attribute of the
+    batch. Do not edit ``batch.sparse`` before it is looked up.
+    """
+
+    def __init__(self, tables: EmbeddingBagCollection, head: Head) -> None:
+        super().__init__()
+        self.tables = tables
+        self.head = head
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Prediction]:
+        """Loss and prediction of one batch; see ``Head.forward``."""
+        loss, prediction = self.head(self.tables(batch.sparse), batch)
+        return loss, prediction

@@ -1,0 +1,91 @@
+"""Who am I: rank, device and process group. The only module that reads RANK and friends."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import UserError
+
+_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process of the job."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_chief(self) -> bool:
+        """True on exactly one process of the whole job, not one per host."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block on every rank; if any rank's block raises UserError, every rank raises it. Collective.
+
+        The message of the lowest failing rank is the one raised, so that all ranks say the same.
+        """
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.size == 1:
+            if failure is not None:
+                raise failure
+            return
+        failures: list[UserError | None] = [None] * self.size
+        dist.all_gather_object(failures, failure)
+        for first in failures:
+            if first is not None:
+                raise first
+
+    def sum_integers(self, *values: int) -> list[int]:
+        """Each value summed over ranks; integers, so that decisions made of them are equal on all ranks. Collective."""
+        totals = torch.tensor(values, dtype=torch.int64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(totals)
+        return [int(total) for total in totals.tolist()]
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, TorchX) started this process as one rank of a job."""
+    return "RANK" in os.environ
+
+
+@contextmanager
+def join_world(*, standalone: bool) -> Iterator[World]:
+    """Join the process group of the job, or with ``standalone`` a world of one; leave it at the end.
+
+    The device is CUDA where there is one for this local rank, else the CPU; the backend follows from it.
+    """
+    rank = 0 if standalone else int(os.environ["RANK"])
+    local_rank = 0 if standalone else int(os.environ["LOCAL_RANK"])
+    size = 1 if standalone else int(os.environ["WORLD_SIZE"])
+    local_size = 1 if standalone else int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "cpu:gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    with tempfile.TemporaryDirectory(prefix="shardrec-") as folder:
+        store = dist.FileStore(str(Path(folder) / "store"), 1) if standalone else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        try:
+            yield World(rank, local_rank, size, local_size, device)
+        finally:
+            dist.destroy_process_group()
