@@ -73,7 +73,7 @@ class Ids:
         """Ids per row of rows [begin, end)."""
         if self.offsets is None:
             return np.ones(end - begin, dtype=np.int64)
-        return np.diff(self.offsets[begin : end + 1])
+        return self.offsets[begin + 1 : end + 1] - self.offsets[begin:end]
 
 
 def offsets_of(lengths: NDArray[np.integer[Any]] | NDArray[np.bool_]) -> NDArray[np.int64]:

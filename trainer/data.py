@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +113,8 @@ class _Decoder:
     """
 
     def __init__(self, reader: RowGroupReader, dataset: Dataset, columns: Columns, config: DataConfig) -> None:
-        self._reader, self._dataset, self._columns = reader, dataset, columns
+        self.columns = columns
+        self._reader, self._dataset = reader, dataset
         self._rules = [(name, rule_of(name, config)) for name in columns.dense]
         self._last: tuple[int, _Rows] | None = None
 
@@ -125,7 +126,7 @@ class _Decoder:
         return self._last[1]
 
     def _decode(self, row_group: int) -> _Rows:
-        group, columns = self._dataset.row_groups[row_group], self._columns
+        group, columns = self._dataset.row_groups[row_group], self.columns
         table, place = self._reader.read(row_group), group.place
         dense = np.empty((group.rows, len(self._rules)), dtype=np.float32)
         for number, (name, rule) in enumerate(self._rules):
@@ -151,32 +152,75 @@ class _Stream:
 
     def cuts(self, num_rows: int) -> Iterator[_Cut]:
         """The next ``num_rows`` rows, or as many as are left, as parts of decoded row groups."""
-        while num_rows and (self._rest or self._open_next()):
-            rows, begin, end = self._rest
-            until = min(end, begin + num_rows)
-            self._rest = _Cut(rows, until, end) if until < end else None
-            num_rows -= until - begin
-            yield _Cut(rows, begin, until)
+        while num_rows:
+            rest = self._rest if self._rest is not None else self._open_next()
+            if rest is None:
+                return
+            until = min(rest.end, rest.begin + num_rows)
+            self._rest = _Cut(rest.rows, until, rest.end) if until < rest.end else None
+            num_rows -= until - rest.begin
+            yield _Cut(rest.rows, rest.begin, until)
 
-    def _open_next(self) -> bool:
+    def _open_next(self) -> _Cut | None:
         piece = next(self._pieces, None)
         if piece is None:
-            return False
-        places = self._order.rows(piece)
-        rows = self._decoder.rows(piece.row_group)
-        self._rest = _Cut(rows, piece.begin, piece.end) if places is None else _Cut(rows.take(places), 0, len(places))
-        return True
+            return None
+        rows, places = self._decoder.rows(piece.row_group), self._order.rows(piece)
+        return _Cut(rows, piece.begin, piece.end) if places is None else _Cut(rows.take(places), 0, len(places))
 
 
 def _epoch(order: EpochOrder, own: Sequence[int], first: int, epoch: int, decoder: _Decoder) -> Iterator[RawBatch]:
     """The batches of one epoch from step ``first``."""
     spans = order.spans
     streams = [_Stream(order, stream, first * spans.rows_per_stream, decoder) for stream in own]
+    size = len(own) * spans.rows_per_stream
     for step in range(first, spans.steps):
         cuts = [cut for stream in streams for cut in stream.cuts(spans.rows_per_stream)]
         cursor = Cursor(epoch, step + 1) if step + 1 < spans.steps else Cursor(epoch + 1, 0)
-        yield _assembled(cuts, len(own) * spans.rows_per_stream, decoder.empty, spans.rows_in(step), cursor)
+        yield _assembled(cuts, decoder.columns, size, spans.rows_in(step), cursor)
 
 
-def _assembled(cuts: Sequence[_Cut], size: int, global_rows: int, cursor: Cursor) -> RawBatch:
-    raise NotImplementedError
+def _assembled(cuts: Sequence[_Cut], columns: Columns, size: int, global_rows: int, cursor: Cursor) -> RawBatch:
+    """The rows of ``cuts`` as one batch of ``size``, with padding at the end."""
+    num_rows = sum(cut.end - cut.begin for cut in cuts)
+    padding = size - num_rows
+    ids, lengths = _joined_ids(cuts, len(columns.sparse), size)
+    users = probability = None
+    if columns.user:
+        known = [cut.of(cut.rows.users) for cut in cuts if cut.rows.users is not None]
+        users = _joined(known, np.zeros(padding, dtype=np.int64))
+    if columns.probability:
+        given = [cut.of(cut.rows.probability) for cut in cuts if cut.rows.probability is not None]
+        probability = _joined(given, np.zeros(padding))
+    return RawBatch(
+        ids=ids,
+        lengths=lengths,
+        dense=_joined([cut.of(cut.rows.dense) for cut in cuts], np.zeros((padding, len(columns.dense)), np.float32)),
+        labels=_joined([cut.of(cut.rows.labels) for cut in cuts], np.zeros(padding, dtype=np.float32)),
+        users=users,
+        probability=probability,
+        row_numbers=_joined([cut.of(cut.rows.row_numbers) for cut in cuts], np.full(padding, -1)),
+        num_rows=num_rows,
+        global_rows=global_rows,
+        cursor=cursor,
+    )
+
+
+def _joined(parts: Sequence[NDArray[_Scalar]], padding: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    """All parts end to end in a new array; ``padding`` gives the type and shape where there are no rows."""
+    return np.concatenate([*parts, padding])
+
+
+def _joined_ids(cuts: Sequence[_Cut], num_features: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Ids, feature-major, and how many per feature and row, [num_features, size]."""
+    parts = [np.empty(0, dtype=np.int64)]
+    lengths = np.zeros((num_features, size), dtype=np.int32)
+    begins = np.cumsum([0, *(cut.end - cut.begin for cut in cuts)]).tolist()
+    lengths[:, : begins[-1]] = 1
+    for feature in range(num_features):
+        for (rows, begin, end), place in zip(cuts, begins, strict=False):
+            ids = rows.sparse[feature]
+            parts.append(ids.cut(begin, end))
+            if ids.offsets is not None:
+                lengths[feature, place : place + end - begin] = ids.lengths(begin, end)
+    return np.concatenate(parts), lengths

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.columns import Place
+from trainer.columns import Place, plain_type
 from trainer.errors import DataError
 
 _FOOTER_THREADS = 16  # opening files is waiting for the disk, most of all on network file systems
@@ -139,6 +139,8 @@ class RowGroupReader:
     def __init__(self, dataset: Dataset, names: Iterable[str]) -> None:
         self._dataset = dataset
         self._names = list(names)
+        schema = dataset.files[0].schema
+        self._strings = [name for name in self._names if pa.types.is_string(plain_type(schema.field(name).type))]
         self._open: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
     def __enter__(self) -> RowGroupReader:
@@ -171,7 +173,7 @@ class RowGroupReader:
         else:
             if len(self._open) == _OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True)
+            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=self._strings)
         return self._open[path]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
@@ -16,7 +17,8 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.optim import MOMENTS, DenseGroup, Optimizer, dense_group, fused_rates, table_group
 from trainer.sharding import Shard, fused_shards, is_data_parallel, plan_tables, shard, weight_name
-from trainer.tables import LogicalTable, PhysicalTable, initial_rows, lay_out
+from trainer.tables import LogicalTable, Part, PhysicalTable, initial_rows, lay_out, spaces_of
+from trainer.vocabulary import IdSpace
 from trainer.world import World
 
 _MODEL = "head.model."
@@ -57,6 +59,11 @@ class TrainState:
             moments = _table_moments(table, group, weight, self.optimizer.steps)
             yield Shard(table, 0, 0, weight.data, moments, is_replica=True)
 
+    @property
+    def spaces(self) -> tuple[IdSpace, ...]:
+        """The id spaces of all tables."""
+        return spaces_of(self.physical)
+
     def _replicated(self) -> list[PhysicalTable]:
         return [table for table in self.physical if is_data_parallel(self.plan, table)]
 
@@ -96,7 +103,8 @@ def build_state(
     physical = lay_out(tables, world.size, pack=config.sharding.pack)
     plan = plan_tables(physical, config.sharding, world, config.data.global_batch_size // world.size)
     sharded = shard(model, physical, plan, world, seed=config.seed)
-    models.norm.synchronize(model, _sum_over_ranks(world))
+    if world.size > 1:
+        models.norm.synchronize(model, all_reduce)
     parameters = {
         name.removeprefix(_MODEL): parameter
         for name, parameter in sharded.named_parameters()
@@ -143,7 +151,7 @@ def fill_rows(state: TrainState, seed: int) -> None:
                 piece.weight[:, columns].copy_(torch.from_numpy(rows))
 
 
-def parts_in(piece: Shard) -> Iterator[tuple[object, int, int, slice]]:
+def parts_in(piece: Shard) -> Iterator[tuple[Part, int, int, slice]]:
     """Logical tables that a piece holds columns of: (part, logical begin, logical end, columns of the piece)."""
     last = piece.column + piece.weight.shape[1]
     for part in piece.table.parts:
@@ -152,8 +160,3 @@ def parts_in(piece: Shard) -> Iterator[tuple[object, int, int, slice]]:
             yield part, begin - part.begin, end - part.begin, slice(begin - piece.column, end - piece.column)
 
 
-def _sum_over_ranks(world: World):  # type: ignore[no-untyped-def]
-    """A differentiable sum over ranks for batch norm."""
-    if world.size == 1:
-        return lambda tensor: tensor
-    return torch.distributed.nn.functional.all_reduce
