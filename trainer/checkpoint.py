@@ -6,6 +6,7 @@ manifest (manifest.py). Loading depends on ids alone, so world size, plan, packi
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer import manifest as manifests
 from trainer.errors import CheckpointError
@@ -100,8 +102,6 @@ def _own_files(path: Path, world: World) -> dict[str, dict[str, Any]]:
 
 
 def _completed(manifest: Manifest, gathered: Sequence[tuple[list[Block], dict[str, Any]]]) -> Manifest:
-    import dataclasses
-
     blocks = tuple(block for own, _ in gathered for block in own)
     files = {name: entry for _, own in gathered for name, entry in own.items()}
     return dataclasses.replace(manifest, blocks=blocks, files=files)
@@ -217,9 +217,7 @@ def _fill(piece: Shard, manifest: Manifest, reader: Reader) -> None:
                 _scatter(live, target, into, content[f"{block.path}/{name}"], source, low - block.begin, high - low)
 
 
-def _scatter(
-    live: Tensor, target: Tensor, into: slice, saved: Tensor, source: Tensor, first: int, width: int
-) -> None:
+def _scatter(live: Tensor, target: Tensor, into: slice, saved: Tensor, source: Tensor, first: int, width: int) -> None:
     values = saved[source] if saved.dim() == 1 else saved[source, first : first + width]
     place = live if live.dim() == 1 else live[:, into]
     place[target.to(live.device)] = values.to(live.device)
@@ -247,7 +245,9 @@ def _check_fit(manifest: Manifest, state: TrainState) -> None:
         saved, (table, part) = manifest.tables[key], tables[key]
         for field, value in (("rows", table.space.rows), ("dim", part.table.dim), ("ids", table.space.kind)):
             if saved[field] != value:
-                raise CheckpointError(f"table {key}: {field} is {saved[field]} in the checkpoint and {value} in the run")
+                raise CheckpointError(
+                    f"table {key}: {field} is {saved[field]} in the checkpoint and {value} in the run"
+                )
     dense = {name: list(value.shape) for name, value in state.dense().items()}
     if dense != manifest.dense:
         different = sorted(n for n in {*dense, *manifest.dense} if dense.get(n) != manifest.dense.get(n))[0]
@@ -264,7 +264,9 @@ class Reader:
         self._storage = dcp.FileSystemReader(path / SHARDS)
         entries = self._storage.read_metadata().state_dict_metadata
         self.sizes: dict[str, tuple[torch.Size, torch.dtype]] = {
-            key: (entry.size, entry.properties.dtype) for key, entry in entries.items() if hasattr(entry, "size")
+            key: (entry.size, entry.properties.dtype)
+            for key, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
 
     def read(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -321,6 +323,30 @@ def newest_good(directory: Path, world: World) -> tuple[Path, Manifest] | None:
             continue
         return path, manifest
     return None
+
+
+def best_good(directory: Path, world: World, *, higher_is_better: bool) -> tuple[Path, Manifest]:
+    """The best checkpoint by validation that is whole; without scorings, the newest. Collective.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
+    newest = newest_good(directory, world)
+    if newest is None:
+        raise CheckpointError(f"{directory} has no whole checkpoint; train first")
+    best = newest[1].best(higher_is_better)
+    if best is None or best[0] == newest[1].step:
+        return newest
+    path = path_of(directory, best[0])
+    try:
+        with world.together():
+            manifest = manifests.read(path)
+        verify(path, manifest, world)
+    except CheckpointError as error:
+        if world.is_chief:
+            log.warning("%s; taking the newest instead of the best", error)
+        return newest
+    return path, manifest
 
 
 def retain(directory: Path, keep: int, best_step: int | None) -> None:

@@ -310,8 +310,7 @@ class ClickModel:
         numbers = np.arange(_PILOT_ROWS, dtype=np.uint64)
         rows = _draw_rows(seed, numbers + np.uint64(1 << 62), numbers / _PILOT_ROWS)
         scales = {
-            name: LOGIT_STD * np.sqrt(share) / float(rows.components[name].std())
-            for name, share in SHARES.items()
+            name: LOGIT_STD * np.sqrt(share) / float(rows.components[name].std()) for name, share in SHARES.items()
         }
         logits = sum((scales[name] * rows.components[name] for name in SHARES), np.zeros(_PILOT_ROWS))
         conversion_scale = 1.0 / float(rows.conversion.std())

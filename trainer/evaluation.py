@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.dataset import Dataset
 from trainer.feed import scoring_feed
@@ -16,7 +16,7 @@ from trainer.schema import Columns
 from trainer.state import TrainState
 from trainer.task import Prediction
 
-Pipeline = TrainPipelineSparseDist[Batch, Prediction]
+Pipeline: TypeAlias = TrainPipelineSparseDist  # of Batch and Prediction
 
 
 def build_pipeline(state: TrainState) -> Pipeline:
@@ -34,31 +34,29 @@ def score(
     columns: Columns,
     data: DataConfig,
     prefix: str,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    tick: Callable[[int], object] = lambda rows: None,
 ) -> dict[str, float]:
     """Metrics of every row of ``dataset`` under ``prefix``, equal on every rank. Collective.
 
     With a probability column, also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the
-    generating probability itself reaches on these rows. ``tick(done, total)`` is called after each step.
+    generating probability itself reaches on these rows. ``tick(rows)`` is told of rows as they are done.
 
     Raises:
         DataError: a row cannot be read. MetricError: the rows are all of one class.
     """
     device = state.world.device
     scored = Predictions(device, with_users=bool(columns.user))
-    possible = Predictions(torch.device("cpu") if device.type == "cpu" else device)
+    possible = Predictions(device)
     feed, steps = scoring_feed(dataset, columns, data, state)
     state.model.eval()
     try:
         with feed, torch.no_grad():
-            for step in range(steps):
+            for _ in range(steps):
                 prediction = pipeline.progress(feed)
                 _add(scored, prediction, device, bool(columns.user))
                 if columns.probability:
                     _add_possible(possible, prediction, device)
-                tick(step + 1, steps)
-            # The pipeline has handed out the last batch; the feed's own end is still to be read.
-            next(feed, None)
+                tick(prediction.batch.global_rows)
     finally:
         state.model.train()
     report = evaluate_everywhere(scored, prefix)

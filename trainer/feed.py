@@ -56,8 +56,10 @@ class Feed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not isinstance(error, UserError):
+            return  # a bug on this rank alone: the others may never answer, and the thread dies with the process
         self._prefetcher.close()
-        if self._group is not None and error is None:
+        if self._group is not None:
             dist.destroy_process_group(self._group)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -67,24 +69,20 @@ class Feed:
         return next(self._prefetcher)
 
     def _agreed(self) -> Iterator[Batch]:
-        """The batches, one round of agreement before each; whoever leaves early says so in a last round."""
-        finished = False
+        """The batches, one round of agreement before each; who is closed early says so in a last round."""
         try:
             while True:
                 batch, failure = self._attempt()
                 ends, fails, stops = self._round(batch is None, failure is not None, self._wants_stop())
                 if fails:
-                    finished = True
                     raise self._first_failure(failure)
-                if ends or stops:
-                    finished = True
-                    self.stopped = bool(stops)
+                self.stopped = bool(stops)
+                if batch is None or ends or stops:
                     return
-                if batch is not None:
-                    yield batch
-        finally:
-            if not finished:
-                self._round(False, False, True)
+                yield batch
+        except GeneratorExit:
+            self._round(False, False, True)
+            raise
 
     def _attempt(self) -> tuple[Batch | None, UserError | None]:
         try:

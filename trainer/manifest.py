@@ -22,7 +22,7 @@ _CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows of one table as one rank wrote them: tensors ``path/ids``, ``path/weight``, ``path/<moment>``."""
+    """Consecutive rows of one table as one rank wrote them: tensors ``path/ids``, ``path/weight``, ``path/MOMENT``."""
 
     table: str
     """Public parameter name."""

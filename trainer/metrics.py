@@ -126,6 +126,11 @@ class ClickSums:
             raise MetricError(_lost_logits(int(lost), int(rows)))
         return ClickTotals(rows, weight, clicks, predicted, cross_entropy)
 
+    def own_logloss_nats(self) -> float:
+        """Mean cross entropy of this rank's rows alone, for a progress bar; waits for the device. 0.0 without rows."""
+        _, weight, _, _, cross_entropy, _ = self._sums_S.tolist()
+        return cross_entropy / weight if weight else 0.0
+
     def reset(self) -> None:
         """Start the next segment from zero."""
         self._sums_S.zero_()

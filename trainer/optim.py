@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from trainer.errors import ConfigError
-from trainer.recipe import DenseOptimizerConfig, ScheduleConfig, SparseOptimizerConfig
+from trainer.recipe import DenseOptimizerConfig, ScheduleConfig
 from trainer.tables import PhysicalTable
 
 MOMENTS = {
@@ -196,10 +196,12 @@ def table_group(table: PhysicalTable, weight: nn.Parameter) -> DenseGroup:
     elif config.kind == "adagrad":
         arguments |= {"eps": config.eps}
     parameters = {table.name: weight}
-    return DenseGroup(table.first.key, parameters, _torch_optimizer(config.kind, parameters, arguments), config.schedule)
+    return DenseGroup(
+        table.first.key, parameters, _torch_optimizer(config.kind, parameters, arguments), config.schedule
+    )
 
 
-_TORCH: dict[str, type[torch.optim.Optimizer]] = {
+_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adagrad": torch.optim.Adagrad,

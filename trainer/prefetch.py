@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -81,6 +81,8 @@ class Prefetcher(Generic[T]):
                 self._items.put(item)
                 if self._stop.is_set():
                     break
+            if isinstance(source, Generator):
+                source.close()  # here, and not whenever it is collected: it may have to tell the other ranks
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread, whatever it is
             last = _Failure(error)
         self._items.put(last)

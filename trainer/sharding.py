@@ -77,7 +77,9 @@ def allowed_types(table: PhysicalTable, world: World) -> list[str]:
     by_columns = () if table.first.optimizer.kind == "rowwise_adagrad" else _BY_COLUMNS
     single_host = world.size == world.local_size
     kinds = (*_BY_ROWS_OR_WHOLE, *by_columns)
-    return [kind for kind in kinds if not (single_host and kind in ("table_row_wise", "table_column_wise", "grid_shard"))]
+    return [
+        kind for kind in kinds if not (single_host and kind in ("table_row_wise", "table_column_wise", "grid_shard"))
+    ]
 
 
 def memory_bytes(config: ShardingConfig, world: World) -> int:
@@ -195,7 +197,9 @@ def plan_rows(plan: ShardingPlan, physical: Sequence[PhysicalTable], world_size:
             "packed_with": [other.table.key for other in table.parts if other is not part],
             "sharding": _placement(plan, table).sharding_type,
             "kernel": _placement(plan, table).compute_kernel,
-            "mib_per_rank": [round(size / (1 << 20), 3) for size in _part_bytes(plan, table, part.table.dim, world_size)],
+            "mib_per_rank": [
+                round(size / (1 << 20), 3) for size in _part_bytes(plan, table, part.table.dim, world_size)
+            ],
         }
         for table in physical
         for part in table.parts

@@ -77,9 +77,7 @@ class TrainState:
                 state["step"].fill_(step)
 
 
-def _table_moments(
-    table: PhysicalTable, group: DenseGroup, weight: nn.Parameter, steps: int
-) -> dict[str, Tensor]:
+def _table_moments(table: PhysicalTable, group: DenseGroup, weight: nn.Parameter, steps: int) -> dict[str, Tensor]:
     """Live moments of a data-parallel table; torch makes Adam's on its first step, so they may have to be made here."""
     names = MOMENTS[table.first.optimizer.kind]
     state = group.optimizer.state[weight]
@@ -90,9 +88,7 @@ def _table_moments(
     return {name: state[name] for name in names}
 
 
-def build_state(
-    config: RunConfig, tables: Sequence[LogicalTable], num_dense: int, world: World
-) -> TrainState:
+def build_state(config: RunConfig, tables: Sequence[LogicalTable], num_dense: int, world: World) -> TrainState:
     """A run's state at step 0. Collective.
 
     Raises:
@@ -158,5 +154,3 @@ def parts_in(piece: Shard) -> Iterator[tuple[Part, int, int, slice]]:
         begin, end = max(part.begin, piece.column), min(part.end, last)
         if begin < end:
             yield part, begin - part.begin, end - part.begin, slice(begin - piece.column, end - piece.column)
-
-

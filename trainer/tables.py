@@ -162,7 +162,7 @@ def initial_rows(
     if init.kind == "zeros":
         return out
     draw = _uniform if init.kind == "uniform" else _normal
-    salt = mix64(np.array([seed & (2**64 - 1) ^ xxh3_64_intdigest(key)], dtype=np.uint64))
+    salt = mix64(np.array([seed & (2**64 - 1) ^ xxh3_64_intdigest(key.encode())], dtype=np.uint64))
     columns = np.arange(begin, end, dtype=np.uint64) * np.uint64(4)
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)

@@ -82,16 +82,15 @@ class IdSpace:
 class Mapper:
     """Maps raw batches to batches of row indices, for all id spaces of a run."""
 
-    def __init__(
-        self, spaces: Sequence[IdSpace], features: Sequence[str], place: Callable[[int], str] = "row {}".format
-    ) -> None:
+    def __init__(self, spaces: Sequence[IdSpace], features: Sequence[str], place: Callable[[int], str]) -> None:
         """``features``: the sparse columns in the order of the raw batch. ``place(row_number)`` names a row."""
         self._spaces = tuple(spaces)
         self._features = tuple(features)
         self._place = place
         self._keys = [key for space in self._spaces for key in space.keys]
-        at = {feature: number for number, feature in enumerate(self._features)}
-        self._order = np.array([at[feature] for space in self._spaces for feature in space.features], dtype=np.int64)
+        number_of = {feature: number for number, feature in enumerate(self._features)}
+        self._numbers = [[number_of[feature] for feature in space.features] for space in self._spaces]
+        self._order = np.array([number for numbers in self._numbers for number in numbers], dtype=np.int64)
 
     def __call__(self, raw: RawBatch) -> Batch:
         """The batch of row indices.
@@ -100,14 +99,14 @@ class Mapper:
             DataError: an id does not fit its table; the message has feature, table, id and row.
         """
         counts = raw.lengths.sum(axis=1, dtype=np.int64)
-        ends = counts.cumsum()
-        parts = [
-            self._map(space, raw, [(ends[n] - counts[n], ends[n], n) for n in self._order_of(space)])
-            for space in self._spaces
+        begins = counts.cumsum() - counts
+        rows = [
+            self._map(space, numbers, raw, begins, counts)
+            for space, numbers in zip(self._spaces, self._numbers, strict=True)
         ]
         return Batch(
             dense=torch.from_numpy(raw.dense),
-            sparse=self._jagged(parts, raw.lengths, counts),
+            sparse=self._jagged(rows, raw.lengths, counts),
             labels=torch.from_numpy(raw.labels),
             num_rows=raw.num_rows,
             global_rows=raw.global_rows,
@@ -115,26 +114,22 @@ class Mapper:
             raw=raw,
         )
 
-    def _order_of(self, space: IdSpace) -> list[int]:
-        return [self._features.index(feature) for feature in space.features]
-
     def _map(
-        self, space: IdSpace, raw: RawBatch, spans: Sequence[tuple[int, int, int]]
+        self, space: IdSpace, numbers: list[int], raw: RawBatch, begins: NDArray[np.int64], counts: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Rows of one space's features; their ids are one slice of the batch where the features stand together."""
-        together = all(before[1] == after[0] for before, after in zip(spans, spans[1:], strict=False))
-        if together:
-            ids = raw.ids[spans[0][0] : spans[-1][1]]
+        first, last = numbers[0], numbers[-1]
+        if numbers == list(range(first, last + 1)):
+            ids = raw.ids[begins[first] : begins[last] + counts[last]]
         else:
-            ids = np.concatenate([raw.ids[begin:end] for begin, end, _ in spans])
+            ids = np.concatenate([raw.ids[begins[number] : begins[number] + counts[number]] for number in numbers])
 
         def explain(index: int) -> str:
-            for begin, end, number in spans:
-                if index < end - begin:
-                    row = int(np.searchsorted(raw.lengths[number].cumsum(), index, side="right"))
-                    return f"{self._place(int(raw.row_numbers[row]))}, feature {self._features[number]!r}"
-                index -= int(end - begin)
-            raise IndexError(index)
+            ends = counts[numbers].cumsum()
+            at = int(np.searchsorted(ends, index, side="right"))
+            within = index - int(ends[at] - counts[numbers[at]])
+            row = int(np.searchsorted(raw.lengths[numbers[at]].cumsum(), within, side="right"))
+            return f"{self._place(int(raw.row_numbers[row]))}, feature {self._features[numbers[at]]!r}"
 
         return space.map(ids, explain)
 

@@ -1,4 +1,7 @@
-"""Who am I: rank, device and process group. The only module that reads RANK and friends."""
+"""Who am I: rank, device and process group. The only module that reads RANK and friends.
+
+Imports torch only when the process group is used, so that the command line can ask who it is before.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -48,6 +52,8 @@ class World:
             if failure is not None:
                 raise failure
             return
+        import torch.distributed as dist
+
         failures: list[UserError | None] = [None] * self.size
         dist.all_gather_object(failures, failure)
         for first in failures:
@@ -56,6 +62,9 @@ class World:
 
     def sum_integers(self, *values: int) -> list[int]:
         """Each value summed over ranks; integers, so that decisions made of them are equal on all ranks. Collective."""
+        import torch
+        import torch.distributed as dist
+
         totals = torch.tensor(values, dtype=torch.int64, device=self.device)
         if self.size > 1:
             dist.all_reduce(totals)
@@ -67,12 +76,20 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
+def is_first_of_job() -> bool:
+    """Whether this process is the one that speaks for the job; may be asked before the world is joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def join_world(*, standalone: bool) -> Iterator[World]:
     """Join the process group of the job, or with ``standalone`` a world of one; leave it at the end.
 
     The device is CUDA where there is one for this local rank, else the CPU; the backend follows from it.
     """
+    import torch
+    import torch.distributed as dist
+
     rank = 0 if standalone else int(os.environ["RANK"])
     local_rank = 0 if standalone else int(os.environ["LOCAL_RANK"])
     size = 1 if standalone else int(os.environ["WORLD_SIZE"])

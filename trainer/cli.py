@@ -1,0 +1,203 @@
+"""The command line: parse, load, join, run. A user's mistake prints one line; a bug prints a traceback.
+
+Imports no torch at the top, so that ``--help`` is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from trainer.errors import UserError
+from trainer.world import is_first_of_job
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 (argparse's only name)
+
+DONE, MISTAKE, RESTART = 0, 1, 75
+"""Exit codes: finished, a user's mistake, stopped in a state to restart from (EX_TEMPFAIL of sysexits.h)."""
+
+_EPILOG = """
+exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from
+
+start with:
+  python -m trainer sample-data data/sample --rows 400000
+  python -m trainer train launch/runs/deepfm.toml
+  torchrun --nproc-per-node 2 -m trainer train launch/runs/deepfm.toml --set output=runs/two
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command; ``command`` and ``handler`` are set in what it returns."""
+    top = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Trains click-through-rate and ranking models on sharded embedding tables.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_inspect(commands)
+    _add_sample_data(commands)
+    _add_prepare(commands)
+    doctor = _command(commands, "doctor", "say what is installed and whether it fits together", _doctor)
+    doctor.epilog = "Exit code 1 if something must be mended; the fix is printed."
+    return top
+
+
+def _command(
+    commands: Commands, name: str, what: str, handler: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    added.set_defaults(handler=handler)
+    return added
+
+
+def _add_train(commands: Commands) -> None:
+    train = _command(commands, "train", "train from a run description; an existing output is resumed", _train)
+    train.add_argument("config", type=Path, metavar="RUN.toml", help="the run description")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key, such as data.epochs=2 or tables[0].rows=5000000; may be given often",
+    )
+    train.add_argument(
+        "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
+    )
+    train.add_argument(
+        "--yes", action="store_true", help="confirm that --fresh may delete the run in the output folder"
+    )
+
+
+def _add_evaluate(commands: Commands) -> None:
+    evaluate = _command(
+        commands, "evaluate", "score a checkpoint on data: every row once, on any number of ranks", _evaluate
+    )
+    evaluate.add_argument(
+        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
+    )
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        metavar="GLOB",
+        help="Parquet files to score; may be given often; default: the run's test files, else its validation files",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_inspect(commands: Commands) -> None:
+    inspect = _command(commands, "inspect", "show what a checkpoint holds", _inspect)
+    inspect.add_argument(
+        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
+    )
+    what = inspect.add_mutually_exclusive_group()
+    what.add_argument("--json", **_form("json"), help="print one JSON object")
+    what.add_argument(
+        "--digest",
+        **_form("digest"),
+        help="print 'name digest' of every parameter and optimizer state; does not depend on sharding or world size",
+    )
+    what.add_argument("--verify", **_form("verify"), help="read every file and compare it with its checksum")
+
+
+def _form(name: str) -> dict[str, Any]:
+    return {"dest": "form", "action": "store_const", "const": name, "default": "text"}
+
+
+def _add_sample_data(commands: Commands) -> None:
+    sample = _command(commands, "sample-data", "write a click log from a known model as Parquet files", _sample_data)
+    sample.add_argument("directory", type=Path, metavar="DIR", help="gets train/, validation/ and test/")
+    sample.add_argument("--rows", type=int, default=400_000, help="rows in all files together (default %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="decides every value (default %(default)s)")
+    sample.add_argument("--overwrite", action="store_true", help="replace the files that are there")
+
+
+def _add_prepare(commands: Commands) -> None:
+    prepare = _command(commands, "prepare", "convert a public data set to Parquet files", _prepare)
+    prepare.add_argument("kind", choices=("criteo", "frappe"), help="the format of the input")
+    prepare.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="files, plain or .gz")
+    prepare.add_argument("output", type=Path, metavar="OUT", help="gets train/, validation/ and test/")
+    prepare.add_argument("--overwrite", action="store_true", help="replace the files that are there")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code."""
+    arguments = parser().parse_args(argv)
+    try:
+        code = arguments.handler(arguments)
+    except UserError as error:
+        code = _complain(error)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+def _complain(error: UserError) -> int:
+    """One line, once per job: every rank raises the same. TorchElastic shows its error file as the cause."""
+    line = f"error: {' '.join(str(error).split())}"
+    if is_first_of_job():
+        sys.stderr.write(line + "\n")
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        Path(error_file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    return MISTAKE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from trainer.description import load
+
+    config = load(arguments.config, arguments.overrides)
+    from trainer import commands
+
+    finished = commands.train(config, fresh=arguments.fresh, confirmed=arguments.yes)
+    return DONE if finished else RESTART
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from trainer import commands
+
+    _print(commands.evaluate(arguments.path, arguments.data, as_json=arguments.json))
+    return DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from trainer import inspection
+
+    _print(inspection.inspect(arguments.path, arguments.form))
+    return DONE
+
+
+def _sample_data(arguments: argparse.Namespace) -> int:
+    from trainer.sample_data import describe, write_sample_data
+
+    report = write_sample_data(arguments.directory, arguments.rows, arguments.seed, overwrite=arguments.overwrite)
+    _print(describe(report))
+    return DONE
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from trainer.prepare import describe, prepare
+
+    report = prepare(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
+    _print(describe(report))
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from trainer import doctor
+
+    return doctor.run()
+
+
+def _print(text: str) -> None:
+    if text:
+        sys.stdout.write(text.rstrip("\n") + "\n")

@@ -1,0 +1,184 @@
+"""What ``train`` and ``evaluate`` do once their arguments are parsed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import models
+from trainer import checkpoint, loop
+from trainer import manifest as manifests
+from trainer.config import RunConfig, to_plain
+from trainer.dataset import open_dataset
+from trainer.description import build
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluation import build_pipeline, score
+from trainer.manifest import write_atomically
+from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
+from trainer.run import Run, open_inputs, start
+from trainer.schema import Columns, check_files, features_of
+from trainer.sharding import describe as describe_plan
+from trainer.sharding import plan_rows, quiet_torchrec
+from trainer.state import build_state
+from trainer.tables import LogicalTable
+from trainer.world import World, join_world, launched
+
+_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json")
+"""All that a run writes in its output."""
+
+
+def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
+    """Train to the end of the run and score its test data; False if a signal stopped it in a state to go on from.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    check_model(config)
+    _prepare_output(Path(config.output), fresh=fresh, confirmed=confirmed)
+    log_to_terminal()
+    quiet_torchrec()
+    with join_world(standalone=not launched()) as world:
+        run = start(open_inputs(config, world), world)
+        _announce(run)
+        finished = loop.train(run)
+        if finished:
+            _finish(run)
+    return finished
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that does not exist, has no such option, or lacks the tables that it needs.
+
+    Raises:
+        ConfigError: one line that names the key and the nearest right one.
+    """
+    options = {name: value for name, value in config.model.items() if name != "kind"}
+    kind = config.model["kind"]
+    try:
+        models.check_options(kind, options)
+        needs_linear = models.linear_source(kind, options) == "table"
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    roles = {table.role for table in config.tables}
+    if models.MODELS[kind].NEEDS_EMBEDDINGS and "embedding" not in roles:
+        raise ConfigError(f"model.kind {kind!r} needs a table of role 'embedding', and tables has none; add one")
+    if needs_linear and "linear" not in roles:
+        raise ConfigError(f"model.kind {kind!r} needs a table of role 'linear' (dim = 1), and tables has none; add one")
+    for table in config.tables:
+        unread = (table.role == "linear" and not needs_linear) or (
+            table.role == "embedding" and not models.MODELS[kind].NEEDS_EMBEDDINGS
+        )
+        if unread:
+            raise ConfigError(f"table {table.name!r} has role {table.role!r}, which model.kind {kind!r} does not read")
+
+
+def _prepare_output(output: Path, *, fresh: bool, confirmed: bool) -> None:
+    """With ``fresh``, leave nothing of an earlier run; every rank checks, and what is gone is gone for all."""
+    if not fresh:
+        return
+    found = [output / name for name in _WRITTEN if (output / name).exists()]
+    if found and not confirmed:
+        raise ConfigError(f"--fresh would delete the run in {output}; add --yes to confirm, or name another output")
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _announce(run: Run) -> None:
+    """Say on the terminal and in the output what is about to be trained, and where it goes on."""
+    state, output = run.state, Path(run.config.output)
+    rows = plan_rows(state.plan, state.physical, state.world.size)
+    with state.world.together():
+        if not state.world.is_chief:
+            return
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_atomically(output / "plan.json", json.dumps(rows, indent=1))
+            write_atomically(output / "run.json", json.dumps(to_plain(run.config), indent=1))
+        except OSError as error:
+            raise ConfigError(f"output {output} cannot be written: {error.strerror}; name another folder") from error
+    ranks = f"{state.world.size} ranks" if state.world.size > 1 else "1 rank"
+    resumed = (
+        f"; resumed at epoch {run.cursor.epoch} step {run.cursor.step}" if run.cursor > type(run.cursor)(0, 0) else ""
+    )
+    sys.stderr.write(f"{describe_plan(rows)}\n{ranks} on {state.world.device.type}{resumed}\n")
+
+
+def _finish(run: Run) -> None:
+    metrics = loop.test_best(run)
+    if not metrics or not run.state.world.is_chief:
+        return
+    output = Path(run.config.output)
+    write_atomically(output / "result.json", json.dumps(metrics, indent=1))
+    sys.stdout.write(f"\n{final_table(metrics)}\n")
+
+
+def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> str:
+    """The metrics of a checkpoint on data, as a table or one JSON object; empty on all ranks but the chief.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    log_to_terminal()
+    quiet_torchrec()
+    with join_world(standalone=not launched()) as world:
+        metrics = _evaluate(path, patterns, world)
+        if not world.is_chief:
+            return ""
+    return json.dumps(metrics) if as_json else final_table(metrics, "evaluation")
+
+
+def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[str, float]:
+    path, manifest = find(path, world)
+    config = build(RunConfig, manifest.config)
+    columns = columns_of(manifest)
+    with world.together():
+        patterns = patterns or config.data.test or config.data.validation
+        if not patterns:
+            raise DataError("the run has no test or validation files; name some with --data")
+        dataset = open_dataset(patterns, "--data")
+        columns = _without_absent(columns, dataset.files[0].schema.names)
+        check_files(columns, dataset)
+    tables = [LogicalTable(table, features_of(table, columns)) for table in config.tables]
+    state = build_state(config, tables, len(columns.dense), world)
+    with world.together():
+        checkpoint.load(path, manifest, state)
+    with closing(progress_bar("scoring", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
+        tick = bar.update if bar is not None else lambda rows: None
+        metrics = score(build_pipeline(state), state, dataset, columns, config.data, "evaluation", tick)
+    return {"step": float(manifest.step), **metrics}
+
+
+def columns_of(manifest: manifests.Manifest) -> Columns:
+    """The columns that the checkpoint's run reads."""
+    saved = dict(manifest.data["columns"])
+    return Columns(**saved | {"sparse": tuple(saved["sparse"]), "dense": tuple(saved["dense"])})
+
+
+def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:
+    """Data to score need not have the generating probability of the data that the run was trained on."""
+    return columns if columns.probability in known else dataclasses.replace(columns, probability="")
+
+
+def find(path: Path, world: World) -> tuple[Path, manifests.Manifest]:
+    """The checkpoint at ``path``, or the newest good one of the run's output there, verified. Collective.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        found = checkpoint.newest_good(path / "checkpoints", world)
+        if found is None:
+            raise CheckpointError(f"{path} has no whole checkpoint; train it first")
+        return found
+    with world.together():
+        manifest = manifests.read(path)
+    checkpoint.verify(path, manifest, world)
+    return path, manifest

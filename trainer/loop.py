@@ -1,0 +1,221 @@
+"""The training loop in segments: between them nothing is in flight, and there we report, evaluate and save."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.data import spans_of, steps_per_epoch
+from trainer.evaluation import score
+from trainer.feed import Feed, training_feed
+from trainer.metrics import ClickSums
+from trainer.report import Report, progress_bar, segment_line
+from trainer.run import Run, describe
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def train(run: Run) -> bool:
+    """Train to the end of the run; True if it got there, False if a signal asked it to stop in a state to go on from.
+
+    Collective. The state is saved at the end either way.
+    """
+    session = _Session(run)
+    with (
+        stop_requested() as wants_stop,
+        Report(
+            Path(run.config.output),
+            speaks=run.state.world.is_chief,
+            tensorboard=run.config.report.tensorboard,
+            resumed_at=session.step,
+            rows=session.rows,
+        ) as report,
+    ):
+        session.run(report, wants_stop)
+    return not session.interrupted
+
+
+def boundaries(first: int, total_steps: int, epoch_steps: int, config: RunConfig) -> Iterator[int]:
+    """Steps after which the pipeline is drained, a function of the step alone so that a resumed run has the same.
+
+    Multiples of every interval in the run description, ends of epochs, and the end.
+    """
+    evaluate = config.evaluation.every_steps or epoch_steps
+    intervals = [config.segment_steps, epoch_steps, evaluate, config.checkpoint.every_steps or total_steps]
+    step = first
+    while step < total_steps:
+        step = min(total_steps, *(step - step % interval + interval for interval in intervals))
+        yield step
+
+
+def total_steps_of(config: RunConfig, epoch_steps: int) -> int:
+    """Steps of the whole run."""
+    steps = epoch_steps * config.data.epochs
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def has_stalled(evaluations: list[tuple[int, float]], config: RunConfig) -> bool:
+    """Whether early stopping ends the run: ``patience`` scorings in a row did not improve on the best before them."""
+    sign = 1.0 if config.evaluation.higher_is_better else -1.0
+    best, without = float("-inf"), 0
+    for _, value in evaluations:
+        improved = sign * value > best + config.evaluation.min_improvement
+        best, without = (sign * value, 0) if improved else (best, without + 1)
+    return bool(config.evaluation.patience) and without >= config.evaluation.patience
+
+
+class _Session:
+    """One call of ``train``: what has been reached, and what happens at the boundaries."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._epoch_steps = steps_per_epoch(run.inputs.train, run.config.data)
+        self.total_steps = total_steps_of(run.config, self._epoch_steps)
+        self.cursor = run.cursor
+        self.evaluations = list(run.evaluations)
+        self.interrupted = False
+
+    @property
+    def step(self) -> int:
+        """Steps taken since the beginning of the run."""
+        return self.cursor.epoch * self._epoch_steps + self.cursor.step
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows trained on so far and in the whole run."""
+        spans = spans_of(self._run.inputs.train, self._run.config.data)
+        last = self.total_steps % self._epoch_steps
+        per_step = self._run.config.data.global_batch_size
+        epochs = self.total_steps // self._epoch_steps
+        return (
+            self.cursor.epoch * spans.num_rows + min(self.cursor.step * per_step, spans.num_rows),
+            epochs * spans.num_rows + min(last * per_step, spans.num_rows),
+        )
+
+    def run(self, report: Report, wants_stop: _Flag) -> None:
+        run, data = self._run, self._run.inputs
+        if self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
+            return
+        feed = training_feed(
+            data.train,
+            data.columns,
+            run.config.data,
+            run.state,
+            seed=run.config.seed,
+            start=self.cursor,
+            wants_stop=wants_stop.is_set,
+        )
+        with feed:
+            for boundary in boundaries(self.step, self.total_steps, self._epoch_steps, run.config):
+                values = self._segment(feed, boundary - self.step, report)
+                self.interrupted = feed.stopped and self.step < boundary
+                self._at_boundary(values, report)
+                if self.interrupted or has_stalled(self.evaluations, run.config):
+                    return
+
+    def _segment(self, feed: Feed, length: int, report: Report) -> dict[str, float]:
+        """Train ``length`` steps, fewer if the feed ends; returns what the segment reports."""
+        run = self._run
+        sums, batches, steps = ClickSums(run.state.world.device), islice(feed, length), 0
+        rates = run.state.optimizer.learning_rates()
+        started = time.perf_counter()
+        while steps < length:
+            try:
+                prediction = run.pipeline.progress(batches)
+            except StopIteration:
+                break
+            labels = prediction.batch.labels[: prediction.batch.num_rows]
+            sums.update(prediction.logits, labels, torch.ones_like(labels))
+            self.cursor, steps = prediction.batch.cursor, steps + 1
+            report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
+        totals = sums.reduce()
+        seconds = time.perf_counter() - started
+        values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
+        values["rows_per_second"] = totals.rows / seconds
+        values |= totals.report("train") if totals.rows else {}
+        return values | {f"learning_rate/{name}": rate for name, rate in rates.items()}
+
+    def _at_boundary(self, values: dict[str, float], report: Report) -> None:
+        evaluated = not self.interrupted and self._is_due(self._run.config.evaluation.every_steps or self._epoch_steps)
+        if evaluated and self._run.inputs.validation is not None:
+            values |= self._validate()
+        report.say(segment_line(self.step, self.total_steps, values))
+        report.record(self.step, values)
+        every = self._run.config.checkpoint.every_steps
+        ends = self.interrupted or has_stalled(self.evaluations, self._run.config)
+        if evaluated or ends or (every and self._is_due(every)):
+            self._save()
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.total_steps
+
+    def _validate(self) -> dict[str, float]:
+        run = self._run
+        dataset = run.inputs.validation
+        if dataset is None:
+            return {}
+        metrics = score(run.pipeline, run.state, dataset, run.inputs.columns, run.config.data, "validation")
+        self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
+        return metrics
+
+    def _save(self) -> None:
+        run = self._run
+        manifest = describe(run, self.step, self.cursor, self.evaluations)
+        checkpoint.save(checkpoint.path_of(run.checkpoints, self.step), run.state, manifest)
+        if run.state.world.is_chief:
+            best = manifest.best(run.config.evaluation.higher_is_better)
+            checkpoint.retain(run.checkpoints, run.config.checkpoint.keep, best[0] if best else None)
+
+
+def test_best(run: Run) -> dict[str, float]:
+    """Score ``data.test`` with the best checkpoint by validation, else the newest. Collective.
+
+    The state is then that checkpoint's.
+
+    Returns the metrics, under ``test_``; empty where the run has no test data.
+    """
+    world, dataset = run.state.world, run.inputs.test
+    if dataset is None:
+        return {}
+    found = checkpoint.best_good(run.checkpoints, world, higher_is_better=run.config.evaluation.higher_is_better)
+    path, manifest = found
+    with world.together():
+        checkpoint.load(path, manifest, run.state)
+    with closing(progress_bar("testing", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
+        tick = bar.update if bar is not None else lambda rows: None
+        metrics = score(run.pipeline, run.state, dataset, run.inputs.columns, run.config.data, "test", tick)
+    return {"test_step": float(manifest.step), **metrics}
+
+
+class _Flag:
+    """Set by a signal handler, read by the feed's thread."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+@contextmanager
+def stop_requested() -> Iterator[_Flag]:
+    """A flag that SIGTERM and SIGUSR1 set instead of ending the process."""
+    flag = _Flag()
+    before = {number: signal.signal(number, flag.set) for number in _STOP_SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

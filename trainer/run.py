@@ -1,0 +1,183 @@
+"""A run put together: inputs, state and pipeline from a run description, and the checkpoints in its output."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint
+from trainer.config import RunConfig, to_plain
+from trainer.dataset import Dataset, open_dataset
+from trainer.errors import CheckpointError
+from trainer.evaluation import Pipeline, build_pipeline
+from trainer.manifest import Manifest
+from trainer.optim import MOMENTS
+from trainer.order import streams_of
+from trainer.rows import Cursor
+from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
+from trainer.sharding import plan_rows
+from trainer.state import TrainState, build_state
+from trainer.tables import LogicalTable
+from trainer.world import World
+
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
+_MUST_MATCH = (
+    "seed",
+    "model",
+    "dense_optimizer.kind",
+    "data.labels",
+    "data.dense",
+    "data.transforms",
+    "data.global_batch_size",
+    "data.streams",
+    "data.shuffle",
+)
+_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "rows", "pooling", "init")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads, opened and checked."""
+
+    config: RunConfig
+    """Resolved: columns named, transforms with their numbers."""
+
+    columns: Columns
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+
+    @property
+    def tables(self) -> tuple[LogicalTable, ...]:
+        """The run's tables with their columns."""
+        return tuple(LogicalTable(table, features_of(table, self.columns)) for table in self.config.tables)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that can take its next step."""
+
+    inputs: Inputs
+    state: TrainState
+    pipeline: Pipeline
+    cursor: Cursor
+    evaluations: tuple[tuple[int, float], ...]
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved run description."""
+        return self.inputs.config
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return Path(self.config.output) / "checkpoints"
+
+
+def open_inputs(config: RunConfig, world: World) -> Inputs:
+    """Open the data sets and resolve what the run description leaves to them. Collective.
+
+    Raises:
+        DataError: files or columns are missing or wrong, or the ranks cannot share the streams.
+    """
+    with world.together():
+        streams_of(world.rank, world.size, config.data.streams)
+        train = open_dataset(config.data.train, "data.train")
+        validation = open_dataset(config.data.validation, "data.validation") if config.data.validation else None
+        test = open_dataset(config.data.test, "data.test") if config.data.test else None
+        others = [dataset for dataset in (validation, test) if dataset is not None]
+        columns = resolve_columns(config.data, config.tables, train, *others)
+        data = resolve_transforms(train, columns, config.data)
+        return Inputs(dataclasses.replace(config, data=data), columns, train, validation, test)
+
+
+def start(inputs: Inputs, world: World) -> Run:
+    """The run at the newest good checkpoint of its output, or at its beginning. Collective.
+
+    Raises:
+        CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
+    """
+    state = build_state(inputs.config, inputs.tables, len(inputs.columns.dense), world)
+    run = Run(inputs, state, build_pipeline(state), Cursor(0, 0), ())
+    found = checkpoint.newest_good(run.checkpoints, world)
+    if found is None:
+        return run
+    path, manifest = found
+    with world.together():
+        check_same_run(manifest, inputs, path)
+        checkpoint.load(path, manifest, state)
+    return dataclasses.replace(run, cursor=manifest.cursor, evaluations=manifest.evaluations)
+
+
+def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:
+    """Refuse to go on with a checkpoint whose result would not be that of one uninterrupted run.
+
+    Raises:
+        CheckpointError: which field differs, with both values.
+    """
+    ours = to_plain(inputs.config)
+    pairs = [(name, _at(manifest.config, name), _at(ours, name)) for name in _MUST_MATCH]
+    for number, (saved, own) in enumerate(zip(manifest.config["tables"], ours["tables"], strict=False)):
+        pairs += [(f"tables[{number}].{name}", saved.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
+        pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
+    pairs.append(("number of tables", len(manifest.config["tables"]), len(ours["tables"])))
+    for name, before, now in pairs:
+        if before != now:
+            raise CheckpointError(
+                f"{name} is {before!r} in checkpoint {path} and {now!r} in the run; "
+                "change it back, or name another output"
+            )
+    difference = inputs.train.differs_from(manifest.data)
+    if difference:
+        raise CheckpointError(f"{difference} {path}; restore the files, or name another output")
+
+
+def _at(plain: dict[str, Any], dotted: str) -> Any:
+    value: Any = plain
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[int, float]]) -> Manifest:
+    """The manifest of a checkpoint about to be written; blocks and files are filled in by ``checkpoint.save``."""
+    state, inputs = run.state, run.inputs
+    return Manifest(
+        step=step,
+        cursor=cursor,
+        world_size=state.world.size,
+        config=to_plain(inputs.config),
+        data={"columns": dataclasses.asdict(inputs.columns), **inputs.train.to_plain()},
+        tables={
+            part.table.key: {
+                "rows": table.space.rows,
+                "capacity": table.space.capacity,
+                "dim": part.table.dim,
+                "ids": table.space.kind,
+                "moments": list(MOMENTS[table.first.optimizer.kind]),
+            }
+            for table in state.physical
+            for part in table.parts
+        },
+        dense={name: list(value.shape) for name, value in state.dense().items()},
+        plan=plan_rows(state.plan, state.physical, state.world.size),
+        blocks=(),
+        evaluations=tuple(evaluations),
+        versions=versions(),
+        files={},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
