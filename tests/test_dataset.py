@@ -146,7 +146,7 @@ def test_a_file_that_is_not_parquet_is_one_line_that_names_it(tmp_path: Path, da
 def test_no_rows_at_all_are_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / f"{name}.parquet", 0)
-    with pytest.raises(DataError, match="^data.train: 2 files have no rows; name files with at least one$"):
+    with pytest.raises(DataError, match=r"^data.train: 2 files have no rows; name files with at least one$"):
         open_dataset([f"{tmp_path}/*.parquet"], "data.train")
 
 

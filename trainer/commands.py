@@ -21,11 +21,10 @@ from trainer.evaluation import build_pipeline, score
 from trainer.manifest import write_atomically
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, open_inputs, start
-from trainer.schema import Columns, check_files, features_of
+from trainer.schema import Columns, check_files
 from trainer.sharding import describe as describe_plan
-from trainer.sharding import plan_rows, quiet_torchrec
+from trainer.sharding import plan_rows, quiet_libraries
 from trainer.state import build_state
-from trainer.tables import LogicalTable
 from trainer.world import World, join_world, launched
 
 _WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json")
@@ -41,7 +40,7 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     check_model(config)
     _prepare_output(Path(config.output), fresh=fresh, confirmed=confirmed)
     log_to_terminal()
-    quiet_torchrec()
+    quiet_libraries()
     with join_world(standalone=not launched()) as world:
         run = start(open_inputs(config, world), world)
         _announce(run)
@@ -127,7 +126,7 @@ def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> st
         UserError: on every rank alike.
     """
     log_to_terminal()
-    quiet_torchrec()
+    quiet_libraries()
     with join_world(standalone=not launched()) as world:
         metrics = _evaluate(path, patterns, world)
         if not world.is_chief:
@@ -146,8 +145,7 @@ def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[
         dataset = open_dataset(patterns, "--data")
         columns = _without_absent(columns, dataset.files[0].schema.names)
         check_files(columns, dataset)
-    tables = [LogicalTable(table, features_of(table, columns)) for table in config.tables]
-    state = build_state(config, tables, len(columns.dense), world)
+    state = build_state(config, len(columns.dense), world)
     with world.together():
         checkpoint.load(path, manifest, state)
     with closing(progress_bar("scoring", dataset.num_rows)) if world.is_chief else nullcontext() as bar:

@@ -17,6 +17,7 @@ from trainer.digest import digests
 from trainer.errors import CheckpointError
 from trainer.manifest import Manifest
 from trainer.sharding import describe as describe_plan
+from trainer.sharding import quiet_libraries
 
 
 def inspect(path: Path, form: Literal["text", "json", "digest", "verify"]) -> str:
@@ -25,6 +26,7 @@ def inspect(path: Path, form: Literal["text", "json", "digest", "verify"]) -> st
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    quiet_libraries()
     path, manifest = _find(path)
     if form == "digest":
         return "\n".join(f"{name} {digest}" for name, digest in digests(path, manifest))

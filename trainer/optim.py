@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torchrec
-from fbgemm_gpu.split_embedding_configs import WeightDecayMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_modules import EmbeddingBagCollection

@@ -21,7 +21,6 @@ from trainer.rows import Cursor
 from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
 from trainer.sharding import plan_rows
 from trainer.state import TrainState, build_state
-from trainer.tables import LogicalTable
 from trainer.world import World
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
@@ -50,11 +49,6 @@ class Inputs:
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-
-    @property
-    def tables(self) -> tuple[LogicalTable, ...]:
-        """The run's tables with their columns."""
-        return tuple(LogicalTable(table, features_of(table, self.columns)) for table in self.config.tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +86,8 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
         others = [dataset for dataset in (validation, test) if dataset is not None]
         columns = resolve_columns(config.data, config.tables, train, *others)
         data = resolve_transforms(train, columns, config.data)
-        return Inputs(dataclasses.replace(config, data=data), columns, train, validation, test)
+        tables = tuple(dataclasses.replace(table, features=features_of(table, columns)) for table in config.tables)
+        return Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
 
 
 def start(inputs: Inputs, world: World) -> Run:
@@ -101,7 +96,7 @@ def start(inputs: Inputs, world: World) -> Run:
     Raises:
         CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
     """
-    state = build_state(inputs.config, inputs.tables, len(inputs.columns.dense), world)
+    state = build_state(inputs.config, len(inputs.columns.dense), world)
     run = Run(inputs, state, build_pipeline(state), Cursor(0, 0), ())
     found = checkpoint.newest_good(run.checkpoints, world)
     if found is None:

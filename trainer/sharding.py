@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -282,6 +283,9 @@ def weight_name(table: PhysicalTable) -> str:
     return f"tables.embedding_bags.{table.name}.weight"
 
 
-def quiet_torchrec() -> None:
-    """Leave TorchRec's and FBGEMM's warnings about its own internals out of the user's terminal."""
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
+def quiet_libraries() -> None:
+    """Leave what torch and TorchRec say about their own internals out of the user's terminal."""
+    for name in ("torchrec", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("torch", "torchrec"):
+        warnings.filterwarnings("ignore", module=rf"{module}\.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,9 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.optim import MOMENTS, DenseGroup, Optimizer, dense_group, fused_rates, table_group
 from trainer.sharding import Shard, fused_shards, is_data_parallel, plan_tables, shard, weight_name
-from trainer.tables import LogicalTable, Part, PhysicalTable, initial_rows, lay_out, spaces_of
+from trainer.tables import Part, PhysicalTable, initial_rows, lay_out, spaces_of
 from trainer.vocabulary import IdSpace
 from trainer.world import World
-
-_MODEL = "head.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,11 @@ class TrainState:
     """The live run: what a checkpoint saves and a step changes."""
 
     model: DistributedModelParallel
+    """The sharded task."""
+
+    interaction: nn.Module
+    """The interaction model inside it."""
+
     optimizer: Optimizer
     physical: tuple[PhysicalTable, ...]
     plan: ShardingPlan
@@ -36,8 +39,7 @@ class TrainState:
 
     def dense(self) -> dict[str, Tensor]:
         """Live parameters and buffers of the interaction model by public name."""
-        named = self.model.state_dict()
-        return {name.removeprefix(_MODEL): value for name, value in named.items() if name.startswith(_MODEL)}
+        return dict(self.interaction.state_dict())
 
     def dense_moments(self) -> dict[str, dict[str, Tensor]]:
         """The dense optimizer's live state by public name, then torch's own name of the state."""
@@ -88,37 +90,32 @@ def _table_moments(table: PhysicalTable, group: DenseGroup, weight: nn.Parameter
     return {name: state[name] for name in names}
 
 
-def build_state(config: RunConfig, tables: Sequence[LogicalTable], num_dense: int, world: World) -> TrainState:
+def build_state(config: RunConfig, num_dense: int, world: World) -> TrainState:
     """A run's state at step 0. Collective.
 
     Raises:
         ConfigError: the model or an optimizer cannot be built as described.
         ShardingError: the tables do not fit.
     """
-    model = build_model(config, tables, num_dense)
-    physical = lay_out(tables, world.size, pack=config.sharding.pack)
+    model = build_model(config, num_dense)
+    physical = lay_out(config.tables, world.size, pack=config.sharding.pack)
     plan = plan_tables(physical, config.sharding, world, config.data.global_batch_size // world.size)
     sharded = shard(model, physical, plan, world, seed=config.seed)
     if world.size > 1:
         models.norm.synchronize(model, all_reduce)
-    parameters = {
-        name.removeprefix(_MODEL): parameter
-        for name, parameter in sharded.named_parameters()
-        if name.startswith(_MODEL)
-    }
     weights = dict(sharded.named_parameters())
-    groups = [dense_group(parameters, config.dense_optimizer)]
+    groups = [dense_group(dict(model.named_parameters()), config.dense_optimizer)]
     groups += [table_group(t, weights[weight_name(t)]) for t in physical if is_data_parallel(plan, t)]
     rates = fused_rates(sharded.fused_optimizer, physical)
     optimizer = Optimizer(groups, rates, max_grad_norm=config.dense_optimizer.max_grad_norm)
-    state = TrainState(sharded, optimizer, physical, plan, world)
+    state = TrainState(sharded, model, optimizer, physical, plan, world)
     fill_rows(state, config.seed)
     return state
 
 
-def build_model(config: RunConfig, tables: Sequence[LogicalTable], num_dense: int) -> nn.Module:
+def build_model(config: RunConfig, num_dense: int) -> nn.Module:
     """The interaction model with its first weights, a function of the seed alone."""
-    embeddings = [table for table in tables if table.config.role == "embedding"]
+    embeddings = [table for table in config.tables if table.role == "embedding"]
     options = {name: value for name, value in config.model.items() if name != "kind"}
     torch.manual_seed(config.seed)
     try:
@@ -142,8 +139,7 @@ def fill_rows(state: TrainState, seed: int) -> None:
                 moment.zero_()
             ids = piece.table.space.ids_of(piece.row, piece.row + len(piece.weight))
             for part, begin, end, columns in parts_in(piece):
-                config = part.table.config
-                rows = initial_rows(ids, begin, end, seed=seed, key=part.table.key, init=config.initial)
+                rows = initial_rows(ids, begin, end, seed=seed, key=part.table.key, init=part.table.initial)
                 piece.weight[:, columns].copy_(torch.from_numpy(rows))
 
 

@@ -1,6 +1,6 @@
 """Logical tables (public names and widths) laid out as physical TorchRec tables (widths the kernels accept).
 
-A logical table is what the run description names. A physical table is what FBGEMM holds: its width is a multiple of 4,
+A logical table is what the run description names, its features named one by one. A physical table is what FBGEMM holds: its width is a multiple of 4,
 and logical tables that look up the same rows with the same element-wise optimizer lie side by side in it.
 """
 
@@ -28,28 +28,10 @@ _ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class LogicalTable:
-    """A table as the user knows it, with its features resolved to columns."""
-
-    config: TableConfig
-    features: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """Public parameter name."""
-        return self.config.key
-
-    @property
-    def dim(self) -> int:
-        """Logical width."""
-        return self.config.dim
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """The columns ``[begin, end)`` of a physical table that are one logical table."""
 
-    table: LogicalTable
+    table: TableConfig
     begin: int
 
     @property
@@ -69,7 +51,7 @@ class PhysicalTable:
     @property
     def name(self) -> str:
         """Internal name; never shown where a public one can be."""
-        return "__".join(f"{part.table.config.role}_{part.table.config.name}" for part in self.parts)
+        return "__".join(f"{part.table.role}_{part.table.name}" for part in self.parts)
 
     @property
     def width(self) -> int:
@@ -79,29 +61,28 @@ class PhysicalTable:
     @property
     def first(self) -> TableConfig:
         """The run description of the first part; what all parts must agree on is read from it."""
-        return self.parts[0].table.config
+        return self.parts[0].table
 
 
-def lay_out(tables: Sequence[LogicalTable], world_size: int, *, pack: bool) -> tuple[PhysicalTable, ...]:
+def lay_out(tables: Sequence[TableConfig], world_size: int, *, pack: bool) -> tuple[PhysicalTable, ...]:
     """The physical tables of ``tables``; each table of the same id space reads the same mapped ids.
 
     With ``pack``, tables of one id space go side by side if their optimizers are equal and element-wise: then each
     column trains as if it were alone, and one lookup and one update touch one cache line instead of two.
     """
     spaces: dict[tuple[object, ...], IdSpace] = {}
-    groups: dict[tuple[object, ...], list[LogicalTable]] = {}
+    groups: dict[tuple[object, ...], list[TableConfig]] = {}
     for table in tables:
-        config = table.config
-        space_key = (config.ids, config.rows, table.features)
+        space_key = (table.ids, table.rows, table.features)
         if space_key not in spaces:
-            spaces[space_key] = IdSpace(config.name, config.ids, config.rows, table.features, world_size)
-        packable = pack and config.optimizer.kind in _ELEMENTWISE
-        twin = (config.optimizer, config.pooling, config.sharding) if packable else (table.key,)
+            spaces[space_key] = IdSpace(table.name, table.ids, table.rows, table.features, world_size)
+        packable = pack and table.optimizer.kind in _ELEMENTWISE
+        twin = (table.optimizer, table.pooling, table.sharding) if packable else (table.key,)
         groups.setdefault((space_key, twin), []).append(table)
     return tuple(_side_by_side(group, spaces[key[0]]) for key, group in groups.items())  # type: ignore[index]
 
 
-def _side_by_side(tables: Sequence[LogicalTable], space: IdSpace) -> PhysicalTable:
+def _side_by_side(tables: Sequence[TableConfig], space: IdSpace) -> PhysicalTable:
     begin, parts = 0, []
     for table in tables:
         parts.append(Part(table, begin))

@@ -60,7 +60,7 @@ class Head(nn.Module):
                 (keys[table.name], part.begin, part.end)
                 for table in physical
                 for part in table.parts
-                if part.table.config.role == role
+                if part.table.role == role
             ]
             for role in ("embedding", "linear")
         }

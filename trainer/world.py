@@ -95,7 +95,7 @@ def join_world(*, standalone: bool) -> Iterator[World]:
     size = 1 if standalone else int(os.environ["WORLD_SIZE"])
     local_size = 1 if standalone else int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "cpu:gloo"
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"

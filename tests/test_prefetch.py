@@ -1,0 +1,109 @@
+"""Tests of reading ahead on a thread: order, bound, errors in their place, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from trainer.prefetch import Prefetcher
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_items_come_in_order_and_the_end_stays_the_end() -> None:
+    with Prefetcher(range(50), 3) as items:
+        assert list(items) == list(range(50))
+        assert list(items) == []
+    assert threads() == []
+
+
+def test_items_are_made_on_another_thread() -> None:
+    with Prefetcher((threading.current_thread().name for _ in range(2)), 1) as items:
+        assert set(items) == {"prefetch"}
+
+
+def test_no_more_than_depth_items_wait_and_one_is_in_the_making() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    with Prefetcher(source(), 3) as items:
+        wait_for(lambda: len(made) == 4)
+        time.sleep(0.05)
+        assert len(made) == 4
+        assert [next(items), next(items)] == [0, 1]
+        wait_for(lambda: len(made) == 6)
+        time.sleep(0.05)
+        assert len(made) == 6
+
+
+def test_an_exception_comes_in_its_place_with_the_traceback_of_its_thread() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise ValueError("a bad third item")
+
+    with Prefetcher(source(), 8) as items:
+        assert [next(items), next(items)] == [1, 2]
+        with pytest.raises(ValueError, match="a bad third item") as caught:
+            next(items)
+        assert "source" in [entry.name for entry in caught.traceback]
+        assert list(items) == []
+    assert threads() == []
+
+
+def test_a_source_that_cannot_even_start_is_an_error_and_not_a_hang() -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[int]:
+            raise OSError("no such source")
+
+    with Prefetcher(Broken(), 1) as items, pytest.raises(OSError, match="no such source"):
+        next(items)
+
+
+@pytest.mark.parametrize("read", [0, 1, 5])
+def test_closing_an_endless_source_ends_its_thread_at_once_and_closes_the_source(read: int) -> None:
+    closed = threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.set()
+
+    items = Prefetcher(source(), 2)
+    assert [next(items) for _ in range(read)] == list(range(read))
+    started = time.monotonic()
+    items.close()
+    assert time.monotonic() - started < 1
+    assert threads() == []
+    assert closed.is_set()
+    items.close()
+    with pytest.raises(RuntimeError, match="next of a Prefetcher that was closed"):
+        next(items)
+
+
+def test_an_exception_in_the_consumer_ends_the_thread_too() -> None:
+    def consume() -> None:
+        with Prefetcher(itertools.count(), 2) as items:
+            raise KeyError(f"consumer at {next(items)}")
+
+    with pytest.raises(KeyError, match="consumer at 0"):
+        consume()
+    assert threads() == []
