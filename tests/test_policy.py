@@ -40,6 +40,7 @@ ORDER = (
     "feed",
     "evaluation",
     "manifest",
+    "storage",
     "checkpoint",
     "digest",
     "report",

@@ -1,6 +1,6 @@
 """Save, find, verify and load: tables as (ids, rows, moments) in logical width, whole or not at all.
 
-Bytes go through torch.distributed.checkpoint; every rank writes its own. What makes the directory a checkpoint is its
+Bytes go through storage.py; every rank writes its own. What makes the directory a checkpoint is its
 manifest (manifest.py). Loading depends on ids alone, so world size, plan, packing and capacity may all be different.
 """
 
@@ -9,31 +9,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer import manifest as manifests
 from trainer.errors import CheckpointError
 from trainer.manifest import Block, Manifest
 from trainer.sharding import Shard
 from trainer.state import TrainState, parts_in
+from trainer.storage import SHARDS, Reader, write_tensors
 from trainer.vocabulary import IdSpace
 from trainer.world import World
 
 log = logging.getLogger(__name__)
 
-SHARDS = "shards"
 _ROWS_PER_BLOCK = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -59,16 +57,22 @@ def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
     with world.together():
         if world.is_chief:
             _make_room(path)
-    tensors, blocks = _own_tensors(state)
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path / SHARDS, sync_files=True))
-    except CheckpointException as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; the last good one is kept") from error
+        return _write(path, state, manifest)
+    except CheckpointError:
+        if world.is_chief:
+            with suppress(OSError):
+                discard(path)  # a full disk gets back what was taken in vain
+        raise
+
+
+def _write(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
+    world = state.world
+    tensors, blocks = _own_tensors(state)
+    write_tensors(path, tensors)
     with world.together():
         own = _own_files(path, world)
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, (blocks, own))
-    complete = _completed(manifest, gathered)
+    complete = _completed(manifest, world.gather((blocks, own)))
     with world.together():
         if world.is_chief:
             _commit(path, complete)
@@ -83,11 +87,6 @@ def _make_room(path: Path) -> None:
         (path / SHARDS).mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; free or change the folder") from error
-
-
-def _reason(error: CheckpointException) -> str:
-    failures = [wrapped[0] for wrapped in error.failures.values()]
-    return "; ".join(sorted({getattr(failure, "strerror", None) or str(failure) for failure in failures}))
 
 
 def _own_files(path: Path, world: World) -> dict[str, dict[str, Any]]:
@@ -257,35 +256,19 @@ def _check_fit(manifest: Manifest, state: TrainState) -> None:
         )
 
 
-class Reader:
-    """Reads single tensors of a checkpoint without its writer's world."""
-
-    def __init__(self, path: Path) -> None:
-        self._storage = dcp.FileSystemReader(path / SHARDS)
-        entries = self._storage.read_metadata().state_dict_metadata
-        self.sizes: dict[str, tuple[torch.Size, torch.dtype]] = {
-            key: (entry.size, entry.properties.dtype)
-            for key, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    def read(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors named by the keys of ``like``; their shapes and dtypes are the checkpoint's."""
-        return self.read_all(list(like))
-
-    def read_all(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """The named tensors, on the host."""
-        tensors = {key: torch.empty(self.sizes[key][0], dtype=self.sizes[key][1]) for key in keys}
-        if tensors:
-            dcp.load(tensors, storage_reader=self._storage, no_dist=True)
-        return tensors
-
-
 def steps_in(directory: Path) -> list[int]:
     """Steps of the checkpoints in a directory, oldest first; half-written ones do not count."""
-    if not directory.is_dir():
+    return [step for step in _begun_in(directory) if (path_of(directory, step) / manifests.NAME).is_file()]
+
+
+def _begun_in(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, oldest first; half-written ones too."""
+    try:
+        found = [_STEP.fullmatch(name) for name in os.listdir(directory)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = (_STEP.fullmatch(entry.name) for entry in directory.iterdir() if (entry / manifests.NAME).is_file())
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror}; name another folder") from error
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -296,33 +279,46 @@ def verify(path: Path, manifest: Manifest, world: World | None = None) -> None:
         CheckpointError: a file is missing, cut short or changed; it is named.
     """
     names = sorted(manifest.files)
-    if world is None:
-        _raise_if_damaged(path, manifest, names)
-        return
-    with world.together():
-        _raise_if_damaged(path, manifest, names[world.rank :: world.size])
+    with _together(world):
+        found = manifests.damaged(path, manifest, names if world is None else names[world.rank :: world.size])
+        if found:
+            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(found)}")
 
 
-def _raise_if_damaged(path: Path, manifest: Manifest, names: Sequence[str]) -> None:
-    found = manifests.damaged(path, manifest, names)
-    if found:
-        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(found)}")
+def newest_good(directory: Path, world: World | None = None) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that is whole; every newer one that is not is named in the log. Collective with ``world``.
 
-
-def newest_good(directory: Path, world: World) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole; every newer one that is not is named in the log. Collective."""
-    for step in reversed(steps_in(directory)):
+    Raises:
+        CheckpointError: the directory cannot be read.
+    """
+    with _together(world):
+        steps = _begun_in(directory)
+    if world is not None:
+        steps = world.gather(steps)[0]  # a file system may show them to the ranks at different times
+    for step in reversed(steps):
         path = path_of(directory, step)
         try:
-            with world.together():
-                manifest = manifests.read(path)
-            verify(path, manifest, world)
+            return path, whole(path, world)
         except CheckpointError as error:
-            if world.is_chief:
+            if world is None or world.is_chief:
                 log.warning("%s; going on with an older one", error)
-            continue
-        return path, manifest
     return None
+
+
+def whole(path: Path, world: World | None = None) -> Manifest:
+    """The manifest of a checkpoint all of whose files are as they were written. Collective with ``world``.
+
+    Raises:
+        CheckpointError: there is none, or what is damaged.
+    """
+    with _together(world):
+        manifest = manifests.read(path)
+    verify(path, manifest, world)
+    return manifest
+
+
+def _together(world: World | None) -> AbstractContextManager[None]:
+    return nullcontext() if world is None else world.together()
 
 
 def best_good(directory: Path, world: World, *, higher_is_better: bool) -> tuple[Path, Manifest]:
@@ -339,21 +335,21 @@ def best_good(directory: Path, world: World, *, higher_is_better: bool) -> tuple
         return newest
     path = path_of(directory, best[0])
     try:
-        with world.together():
-            manifest = manifests.read(path)
-        verify(path, manifest, world)
+        return path, whole(path, world)
     except CheckpointError as error:
         if world.is_chief:
             log.warning("%s; taking the newest instead of the best", error)
         return newest
-    return path, manifest
 
 
 def retain(directory: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    """Delete all but the ``keep`` newest checkpoints and the best one; what cannot be deleted is named in the log."""
     for step in steps_in(directory)[:-keep]:
         if step != best_step:
-            discard(path_of(directory, step))
+            try:
+                discard(path_of(directory, step))
+            except OSError as error:
+                log.warning("old checkpoint %s cannot be deleted: %s", path_of(directory, step), error.strerror)
 
 
 def discard(path: Path) -> None:

@@ -20,8 +20,8 @@ from trainer.world import is_first_of_job
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 (argparse's only name)
 
-DONE, MISTAKE, RESTART = 0, 1, 75
-"""Exit codes: finished, a user's mistake, stopped in a state to restart from (EX_TEMPFAIL of sysexits.h)."""
+DONE, MISTAKE, RESTART, INTERRUPTED = 0, 1, 75, 130
+"""Exit codes: finished, a user's mistake, stopped in a state to restart from (EX_TEMPFAIL of sysexits.h), Ctrl-C."""
 
 _EPILOG = """
 exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from
@@ -137,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = arguments.handler(arguments)
     except UserError as error:
         code = _complain(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the checkpoints are whole, and the same command goes on from the newest\n")
+        code = INTERRUPTED
     sys.stdout.flush()
     raise SystemExit(code)
 

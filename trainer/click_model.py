@@ -8,7 +8,7 @@ Shapes: N rows, L places of a list.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,10 @@ SPAN_MS = 30 * 24 * 3600 * 1000
 
 CLICK_RATE = 0.25
 CONVERSION_RATE = 0.2
-"""Of the clicks."""
-LOGIT_STD = 1.7
-"""Standard deviation of the click logit: with the click rate it fixes the best possible AUC, about 0.83."""
-SHARES = {"linear": 0.44, "interaction": 0.44, "numeric": 0.04, "lists": 0.04, "items": 0.04}
+"""Mean probability that a click converts, over all rows; among the clicks it differs a little."""
+BEST_AUC = 0.84
+"""What scoring by the generating probability reaches, up to chance; the spread of the logits is set by it."""
+SHARES = {"linear": 0.46, "interaction": 0.5, "numeric": 0.015, "lists": 0.015, "items": 0.01}
 """Each component's share of the click logit's variance (the components are nearly independent of each other)."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -57,12 +57,13 @@ def salt(seed: int, column: str, purpose: str) -> np.uint64:
 
 def uniform(words: U64) -> F64:
     """The words' upper 53 bits as numbers in [0, 1)."""
-    return (words >> np.uint64(11)) * 2.0**-53
+    return np.asarray((words >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def latent(words: U64) -> F64:
     """Each word's four 16-bit parts as coordinates, uniform in [-1, 1): float64 [N, 4]."""
-    return words.astype("<u8", copy=False).view("<i2").reshape(*words.shape, 4) * 2.0**-15
+    parts = words.astype("<u8", copy=False).view("<i2").reshape(*words.shape, 4)
+    return np.asarray(parts * 2.0**-15, np.float64)
 
 
 def bell(words: U64) -> F64:
@@ -70,7 +71,7 @@ def bell(words: U64) -> F64:
 
     The sum is exact (multiples of 2**-15), so the order in which BLAS takes the parts does not show.
     """
-    return (latent(words) @ np.ones(4)) * np.sqrt(0.75)
+    return np.asarray((latent(words) @ np.ones(4)) * np.sqrt(0.75), np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +109,23 @@ class Vocabulary:
 
     def vectors(self, seed: int, ids: U64) -> F64:
         """The latent vector of each id: float64 [..., 4]."""
-        return latent(mix64(ids ^ salt(seed, self.name, "vector")))
+        return latent(mix64(ids ^ salt(seed, self.name, "vector"))) + LATENT_MEAN
 
 
 def _field(index: int) -> Vocabulary:
-    """Field ``index`` of 47: from 2 ids in f00 over 50 in f26 and 3,000 in f35 to 6 million in f46."""
-    ids = round(2 * 10 ** (6.5 * (index / 46) ** 2.5))
-    return Vocabulary(f"f{index:02d}", ids, exponent=1.2, renewals=2.0 if ids > 100 else 0.0)
+    """Field ``index`` of 47: 4 ids in f00, 6 in f20, 100 in f31, 1,000 in f37, 13 million in f46.
+
+    Only few fields have a long tail, and little of their mass is in it: ids seen once teach noise.
+    """
+    ids = round(4 * 10 ** (6.5 * (index / 46) ** 4))
+    return Vocabulary(f"f{index:02d}", ids) if ids <= 100 else Vocabulary(f"f{index:02d}", ids, 1.5, 2.0)
 
 
 FIELDS = tuple(_field(index) for index in range(47))
-INTERACTING = FIELDS[16:26:2]
+INTERACTING = FIELDS[:16:2]
+"""Fields of so few ids that their interactions can be learnt from some 100,000 rows."""
+LATENT_MEAN = 0.3
+"""Away from 0, because at 0 an interaction has no gradient to begin with and takes millions of rows to learn."""
 CONVERTING = FIELDS[:12]
 USERS = Vocabulary("user_id", 500_000, exponent=0.8)
 ITEMS = Vocabulary("item_id", 20_000, exponent=1.05, renewals=2.0)
@@ -203,7 +210,7 @@ def _draw_list(vocabulary: Vocabulary, seed: int, rows: U64, time: F64) -> _List
     words = mix64(rows * _GOLDEN + salt(seed, vocabulary.name, "length"))
     null = words >> np.uint64(60) == 0
     lengths = np.where(null, 0, (words % np.uint64(LIST_LENGTH + 1)).astype(np.int64))
-    places = rows[:, None] * np.uint64(LIST_LENGTH) + np.arange(LIST_LENGTH, dtype=np.uint64)
+    places: U64 = np.add.outer(rows * np.uint64(LIST_LENGTH), np.arange(LIST_LENGTH, dtype=np.uint64))
     draws = mix64(places * _GOLDEN + salt(seed, vocabulary.name, "draw"))
     ids = vocabulary.draw(seed, draws, np.broadcast_to(time[:, None], draws.shape))
     return _Lists(ids, np.arange(LIST_LENGTH) < lengths[:, None], null)
@@ -266,7 +273,7 @@ def _draw_rows(seed: int, rows: U64, time: F64) -> _Rows:
     history = _draw_history(seed, users, time)
     columns["history"] = history.column()
     interest = history.mean(ITEMS.vectors(seed, history.ids))
-    liking = 3.0 * (ITEMS.vectors(seed, items) * interest).sum(axis=1)
+    liking = 2.0 * (ITEMS.vectors(seed, items) * interest).sum(axis=1)
     components = {
         "linear": linear,
         "interaction": interaction(vectors),
@@ -281,17 +288,46 @@ def _int64(words: U64) -> pa.Array:
     return pa.array(words.view(np.int64))
 
 
+def _weighted(components: dict[str, F64], scales: dict[str, float]) -> F64:
+    return np.sum([scales[name] * components[name] for name in SHARES], axis=0)
+
+
 def _sigmoid(logits: F64) -> F64:
     return 0.5 * (1.0 + np.tanh(0.5 * logits))
 
 
-def _bias(logits: F64, rate: float) -> float:
-    """What to add to ``logits`` for the mean of their sigmoids to be ``rate``: by bisection."""
-    low, high = -50.0, 50.0
-    for _ in range(60):
+def _bisect(rises: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Where the rising function ``rises`` crosses ``target`` between ``low`` and ``high``."""
+    for _ in range(40):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if _sigmoid(logits + middle).mean() < rate else (low, middle)
+        low, high = (middle, high) if rises(middle) < target else (low, middle)
     return low
+
+
+def _bias(logits: F64, rate: float) -> float:
+    """What to add to ``logits`` for the mean of their sigmoids to be ``rate``."""
+    return _bisect(lambda bias: float(_sigmoid(logits + bias).mean()), rate, -50.0, 50.0)
+
+
+def expected_auc(probabilities: F64) -> float:
+    """The AUC to expect of rows whose labels are drawn with these probabilities and which are ranked by them.
+
+    >>> round(expected_auc(np.array([0.25, 0.75])), 3)
+    0.9
+    """
+    ranked = np.sort(probabilities)
+    below = np.cumsum(1.0 - ranked) - (1.0 - ranked)
+    pairs = ranked.sum() * (1.0 - ranked).sum() - (ranked * (1.0 - ranked)).sum()
+    return float((ranked * below).sum() / pairs)
+
+
+def _spread(logits: F64) -> float:
+    """What to multiply ``logits`` by for the best possible AUC at the click rate to be ``BEST_AUC``."""
+
+    def best(spread: float) -> float:
+        return expected_auc(_sigmoid(spread * logits + _bias(spread * logits, CLICK_RATE)))
+
+    return _bisect(best, BEST_AUC, 0.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,18 +342,17 @@ class ClickModel:
 
     @classmethod
     def of_seed(cls, seed: int) -> "ClickModel":
-        """The model with the click rate, conversion rate and spread of logits that the constants above say."""
+        """The model that has the rates, the best AUC and the shares that the constants above say."""
         numbers = np.arange(_PILOT_ROWS, dtype=np.uint64)
         rows = _draw_rows(seed, numbers + np.uint64(1 << 62), numbers / _PILOT_ROWS)
-        scales = {
-            name: LOGIT_STD * np.sqrt(share) / float(rows.components[name].std()) for name, share in SHARES.items()
-        }
-        logits = sum((scales[name] * rows.components[name] for name in SHARES), np.zeros(_PILOT_ROWS))
+        scales = {name: float(np.sqrt(SHARES[name]) / rows.components[name].std()) for name in SHARES}
+        spread = _spread(_weighted(rows.components, scales))
+        scales = {name: spread * scale for name, scale in scales.items()}
         conversion_scale = 1.0 / float(rows.conversion.std())
         return cls(
             seed,
             scales,
-            _bias(logits, CLICK_RATE),
+            _bias(_weighted(rows.components, scales), CLICK_RATE),
             conversion_scale,
             _bias(conversion_scale * rows.conversion, CONVERSION_RATE),
         )
@@ -330,8 +365,7 @@ class ClickModel:
         numbers = np.arange(first, last, dtype=np.uint64)
         time = numbers / float(total)
         rows = _draw_rows(self.seed, numbers, time)
-        logits = self.bias + sum((self.scales[name] * rows.components[name] for name in SHARES), 0.0 * time)
-        click = _sigmoid(logits)
+        click = _sigmoid(self.bias + _weighted(rows.components, self.scales))
         after_click = _sigmoid(self.conversion_bias + self.conversion_scale * rows.conversion)
         clicked = self._happens("click", numbers, click)
         converted = clicked & self._happens("conversion", numbers, after_click)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from trainer import manifest as manifests
 from trainer.config import RunConfig, to_plain
 from trainer.dataset import open_dataset
 from trainer.description import build
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
 from trainer.evaluation import build_pipeline, score
 from trainer.manifest import write_atomically
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, open_inputs, start
-from trainer.schema import Columns, check_files
+from trainer.schema import Columns, check_columns
 from trainer.sharding import describe as describe_plan
 from trainer.sharding import plan_rows, quiet_libraries
 from trainer.state import build_state
@@ -38,10 +39,14 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
         UserError: on every rank alike.
     """
     check_model(config)
-    _prepare_output(Path(config.output), fresh=fresh, confirmed=confirmed)
+    output = Path(config.output)
+    if fresh and not confirmed and _written_in(output):
+        raise ConfigError(f"--fresh would delete the run in {output}; add --yes to confirm, or name another output")
     log_to_terminal()
     quiet_libraries()
     with join_world(standalone=not launched()) as world:
+        if fresh:
+            _clear(output, world)
         run = start(open_inputs(config, world), world)
         _announce(run)
         finished = loop.train(run)
@@ -76,18 +81,24 @@ def check_model(config: RunConfig) -> None:
             raise ConfigError(f"table {table.name!r} has role {table.role!r}, which model.kind {kind!r} does not read")
 
 
-def _prepare_output(output: Path, *, fresh: bool, confirmed: bool) -> None:
-    """With ``fresh``, leave nothing of an earlier run; every rank checks, and what is gone is gone for all."""
-    if not fresh:
-        return
-    found = [output / name for name in _WRITTEN if (output / name).exists()]
-    if found and not confirmed:
-        raise ConfigError(f"--fresh would delete the run in {output}; add --yes to confirm, or name another output")
-    for path in found:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def _written_in(output: Path) -> list[Path]:
+    """What an earlier run left."""
+    return [output / name for name in _WRITTEN if os.path.lexists(output / name)]
+
+
+def _clear(output: Path, world: World) -> None:
+    """Leave nothing of an earlier run. Collective."""
+    with world.together():
+        if not world.is_chief:
+            return
+        try:
+            for path in _written_in(output):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot delete {error.filename}: {error.strerror}; name another output") from error
 
 
 def _announce(run: Run) -> None:
@@ -98,11 +109,10 @@ def _announce(run: Run) -> None:
         if not state.world.is_chief:
             return
         try:
-            output.mkdir(parents=True, exist_ok=True)
             write_atomically(output / "plan.json", json.dumps(rows, indent=1))
             write_atomically(output / "run.json", json.dumps(to_plain(run.config), indent=1))
         except OSError as error:
-            raise ConfigError(f"output {output} cannot be written: {error.strerror}; name another folder") from error
+            raise OutputError(f"output {output} cannot be written: {error.strerror}; name another folder") from error
     ranks = f"{state.world.size} ranks" if state.world.size > 1 else "1 rank"
     resumed = (
         f"; resumed at epoch {run.cursor.epoch} step {run.cursor.step}" if run.cursor > type(run.cursor)(0, 0) else ""
@@ -111,12 +121,16 @@ def _announce(run: Run) -> None:
 
 
 def _finish(run: Run) -> None:
-    metrics = loop.test_best(run)
-    if not metrics or not run.state.world.is_chief:
-        return
-    output = Path(run.config.output)
-    write_atomically(output / "result.json", json.dumps(metrics, indent=1))
-    sys.stdout.write(f"\n{final_table(metrics)}\n")
+    """Score the test data and say and write the result. Collective."""
+    metrics, path = loop.test_best(run), Path(run.config.output) / "result.json"
+    with run.state.world.together():
+        if not metrics or not run.state.world.is_chief:
+            return
+        sys.stdout.write(f"\n{final_table(metrics)}\n")
+        try:
+            write_atomically(path, json.dumps(metrics, indent=1))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error.strerror}; free some space") from error
 
 
 def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> str:
@@ -144,7 +158,7 @@ def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[
             raise DataError("the run has no test or validation files; name some with --data")
         dataset = open_dataset(patterns, "--data")
         columns = _without_absent(columns, dataset.files[0].schema.names)
-        check_files(columns, dataset)
+        check_columns(columns, dataset)
     state = build_state(config, len(columns.dense), world)
     with world.together():
         checkpoint.load(path, manifest, state)
@@ -171,12 +185,9 @@ def find(path: Path, world: World) -> tuple[Path, manifests.Manifest]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if (path / "checkpoints").is_dir():
+    if os.path.isdir(path / "checkpoints"):
         found = checkpoint.newest_good(path / "checkpoints", world)
         if found is None:
             raise CheckpointError(f"{path} has no whole checkpoint; train it first")
         return found
-    with world.together():
-        manifest = manifests.read(path)
-    checkpoint.verify(path, manifest, world)
-    return path, manifest
+    return path, checkpoint.whole(path, world)

@@ -6,6 +6,7 @@ Knows nothing of files of data, devices or ranks: what can only be checked again
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -195,7 +196,8 @@ class ShardingConfig:
     """Put tables that allow it side by side in one physical table; changes no result and no name."""
 
     def __post_init__(self) -> None:
-        require(self.memory_gib >= 0, f"memory_gib is {self.memory_gib}, expected 0 or more")
+        allowed = self.memory_gib >= 0 and math.isfinite(self.memory_gib)
+        require(allowed, f"memory_gib is {self.memory_gib}, expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -161,21 +161,25 @@ class RowGroupReader:
         where = f"{group.file.path}: row group {group.index}"
         try:
             # One thread: the other ranks of this machine decode at the same time.
-            table = self._file(group.file.path).read_row_group(group.index, columns=self._names, use_threads=False)
+            table = self._file(group.file).read_row_group(group.index, columns=self._names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{where} cannot be read: {_one_line(error)}; write the file anew") from error
         if table.num_rows != group.rows:
-            raise DataError(f"{where} has {table.num_rows} rows, and had {group.rows} when the run started; start anew")
+            raise DataError(f"{where} has {table.num_rows} rows, expected {group.rows}; write the file anew")
         return table
 
-    def _file(self, path: str) -> pq.ParquetFile:
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            if len(self._open) == _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            self._open[path] = pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=self._strings)
-        return self._open[path]
+    def _file(self, file: DataFile) -> pq.ParquetFile:
+        if file.path in self._open:
+            self._open.move_to_end(file.path)
+            return self._open[file.path]
+        if len(self._open) == _OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        opened = pq.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=self._strings)
+        if _fingerprint(file.path, opened.metadata) != file.fingerprint:
+            opened.close()
+            raise DataError(f"{file.path} has changed since it was opened; start the command again")
+        self._open[file.path] = opened
+        return opened
 
 
 def _row_groups(files: Iterable[DataFile]) -> Iterable[RowGroup]:
@@ -204,25 +208,28 @@ def _open_file(path: str, name: str, what: str) -> DataFile:
         raise DataError(f"{what}: {path} is a folder; name its files, such as {os.path.join(path, '*.parquet')}")
     try:
         metadata = pq.read_metadata(path)
-        size, footer = _size_and_footer(path)
+        fingerprint = _fingerprint(path, metadata)
         schema = metadata.schema.to_arrow_schema().remove_metadata()
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{what}: {path} cannot be read as Parquet: {_one_line(error)}; write it anew or leave it out"
         ) from error
-    sizes = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
-    digest = hashlib.sha256(f"{size} {sizes}".encode())
-    digest.update(footer)
-    return DataFile(path, name, schema, sizes, digest.hexdigest())
+    return DataFile(path, name, schema, _row_group_sizes(metadata), fingerprint)
 
 
-def _size_and_footer(path: str) -> tuple[int, bytes]:
-    """Bytes of the file, and the bytes of its Parquet footer."""
+def _row_group_sizes(metadata: pq.FileMetaData) -> tuple[int, ...]:
+    return tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+
+
+def _fingerprint(path: str, metadata: pq.FileMetaData) -> str:
+    """SHA-256 (hex) over the size of the file, its rows per row group and the content of its footer."""
     with open(path, "rb") as file:
         size = file.seek(-_TAIL_BYTES, os.SEEK_END) + _TAIL_BYTES
         length = int.from_bytes(file.read(4), "little")
         file.seek(size - _TAIL_BYTES - length)
-        return size, file.read(length)
+        digest = hashlib.sha256(f"{size} {_row_group_sizes(metadata)}".encode())
+        digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -145,6 +146,8 @@ _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 def _convert_scalar(hint: type[Any], value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and math.isnan(value):  # it means nothing anywhere, and slips through ranges
+        raise ConfigError(f"{where} is {value!r}, expected {_WORDS[hint]}")
     return _typed(hint, value, _WORDS[hint], where)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.checkpoint import Reader
 from trainer.manifest import Manifest
 from trainer.order import mix64
+from trainer.storage import Reader
 
 _SALTS = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))
 _ROWS_AT_ONCE = 1 << 16

@@ -21,6 +21,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class OutputError(UserError):
+    """The output folder cannot be written."""
+
+
 class MetricError(UserError):
     """A metric is not defined on these rows."""
 

@@ -19,6 +19,7 @@ from trainer.evaluation import score
 from trainer.feed import Feed, training_feed
 from trainer.metrics import ClickSums
 from trainer.report import Report, progress_bar, segment_line
+from trainer.rows import Cursor
 from trainer.run import Run, describe
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,13 +33,7 @@ def train(run: Run) -> bool:
     session = _Session(run)
     with (
         stop_requested() as wants_stop,
-        Report(
-            Path(run.config.output),
-            speaks=run.state.world.is_chief,
-            tensorboard=run.config.report.tensorboard,
-            resumed_at=session.step,
-            rows=session.rows,
-        ) as report,
+        session.report() as report,
     ):
         session.run(report, wants_stop)
     return not session.interrupted
@@ -55,6 +50,15 @@ def boundaries(first: int, total_steps: int, epoch_steps: int, config: RunConfig
     while step < total_steps:
         step = min(total_steps, *(step - step % interval + interval for interval in intervals))
         yield step
+
+
+def steps_before(cursor: Cursor, epoch_steps: int) -> int:
+    """Steps of the run that lie before a cursor.
+
+    >>> steps_before(Cursor(epoch=2, step=3), 10)
+    23
+    """
+    return cursor.epoch * epoch_steps + cursor.step
 
 
 def total_steps_of(config: RunConfig, epoch_steps: int) -> int:
@@ -87,7 +91,7 @@ class _Session:
     @property
     def step(self) -> int:
         """Steps taken since the beginning of the run."""
-        return self.cursor.epoch * self._epoch_steps + self.cursor.step
+        return steps_before(self.cursor, self._epoch_steps)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -100,6 +104,18 @@ class _Session:
             self.cursor.epoch * spans.num_rows + min(self.cursor.step * per_step, spans.num_rows),
             epochs * spans.num_rows + min(last * per_step, spans.num_rows),
         )
+
+    def report(self) -> Report:
+        """The voice of this call. Collective."""
+        run = self._run
+        with run.state.world.together():
+            return Report(
+                Path(run.config.output),
+                speaks=run.state.world.is_chief,
+                tensorboard=run.config.report.tensorboard,
+                resumed_at=self.step,
+                rows=self.rows,
+            )
 
     def run(self, report: Report, wants_stop: _Flag) -> None:
         run, data = self._run, self._run.inputs
@@ -149,7 +165,8 @@ class _Session:
         if evaluated and self._run.inputs.validation is not None:
             values |= self._validate()
         report.say(segment_line(self.step, self.total_steps, values))
-        report.record(self.step, values)
+        with self._run.state.world.together():
+            report.record(self.step, values)
         every = self._run.config.checkpoint.every_steps
         ends = self.interrupted or has_stalled(self.evaluations, self._run.config)
         if evaluated or ends or (every and self._is_due(every)):
@@ -169,6 +186,8 @@ class _Session:
 
     def _save(self) -> None:
         run = self._run
+        if self.step and self.cursor == run.cursor:
+            return  # nothing was trained since the checkpoint that the run was resumed from: leave it alone
         manifest = describe(run, self.step, self.cursor, self.evaluations)
         checkpoint.save(checkpoint.path_of(run.checkpoints, self.step), run.state, manifest)
         if run.state.world.is_chief:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from trainer.errors import CheckpointError
 from trainer.rows import Cursor
 
 FORMAT = 1
 NAME = "manifest.json"
+_CHECKSUM = "checksum"  # of all the other keys of the manifest
 _CHUNK_BYTES = 1 << 22
 
 
@@ -84,17 +85,27 @@ class Manifest:
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Make ``directory`` a checkpoint: the manifest appears in it whole, after everything else is on disk."""
-    write_atomically(directory / NAME, json.dumps(dataclasses.asdict(manifest), indent=1))
+    plain = dataclasses.asdict(manifest)
+    write_atomically(directory / NAME, json.dumps({**plain, _CHECKSUM: _checksum_of(plain)}, indent=1))
+
+
+def _checksum_of(plain: dict[str, Any]) -> str:
+    """xxh3_128 of the manifest's content, whatever the spaces between."""
+    return xxh3_128_hexdigest(json.dumps(plain).encode())
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by a file with ``text`` that is on disk before its name is; readers see the old or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -118,11 +129,15 @@ def read(directory: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} has no {NAME}: it is not a complete checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{path} has format {found}, expected {FORMAT}; use the version that wrote it")
+    if data.pop(_CHECKSUM, None) != _checksum_of(data):
+        raise CheckpointError(f"{path} is damaged: it is not what its checksum says was written")
     try:
         return _from_plain(data)
     except (KeyError, TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -15,6 +16,8 @@ from tabulate import tabulate
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from trainer.errors import OutputError
+
 METRICS = "metrics.jsonl"
 _PREFIX_COLUMNS = 11  # what torchrun puts before each line
 
@@ -25,15 +28,22 @@ class Report:
     def __init__(
         self, output: Path, *, speaks: bool, tensorboard: bool, resumed_at: int, rows: tuple[int, int]
     ) -> None:
-        """``rows``: done and in all. Lines about steps after ``resumed_at`` were left by a killed run: they are cut."""
+        """``rows``: done and in all. Lines about steps after ``resumed_at`` were left by a killed run: they are cut.
+
+        Raises:
+            OutputError: the files cannot be written.
+        """
         self._path = output / METRICS if speaks else None
         self._bar: tqdm | None = None
         self._events: SummaryWriter | None = None
         if not speaks:
             return
-        _cut_off(output / METRICS, resumed_at)
-        if tensorboard:
-            self._events = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_at + 1)
+        try:
+            _cut_off(output / METRICS, resumed_at)
+            if tensorboard:
+                self._events = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_at + 1)
+        except OSError as error:
+            raise _not_written(output, error) from error
         self._bar = progress_bar("training", rows[1], initial=rows[0])
 
     def __enter__(self) -> Report:
@@ -58,27 +68,47 @@ class Report:
             tqdm.write(line, file=sys.stderr)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one JSON object to metrics.jsonl and the same numbers to TensorBoard."""
+        """Append one JSON object to metrics.jsonl and the same numbers to TensorBoard.
+
+        Raises:
+            OutputError: the files cannot be written.
+        """
         if self._path is None:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if self._events is not None:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
+        except OSError as error:
+            raise _not_written(self._path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> OutputError:
+    where = error.filename or path
+    return OutputError(f"{where} cannot be written: {error.strerror}; free some space or name another output")
 
 
 def _cut_off(path: Path, step: int) -> None:
     """Drop lines about steps after ``step``, and a last line that was being written when the run was killed."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is about; infinity where it is damaged, as the last ones may be when the power went."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def progress_bar(what: str, rows: int, *, initial: int = 0) -> tqdm:

@@ -12,7 +12,7 @@ from typing import Any
 from trainer import checkpoint
 from trainer.config import RunConfig, to_plain
 from trainer.dataset import Dataset, open_dataset
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
 from trainer.evaluation import Pipeline, build_pipeline
 from trainer.manifest import Manifest
 from trainer.optim import MOMENTS
@@ -76,7 +76,7 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     """Open the data sets and resolve what the run description leaves to them. Collective.
 
     Raises:
-        DataError: files or columns are missing or wrong, or the ranks cannot share the streams.
+        DataError: files or columns are missing or wrong, the ranks cannot share the streams or see different files.
     """
     with world.together():
         streams_of(world.rank, world.size, config.data.streams)
@@ -87,7 +87,23 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
         columns = resolve_columns(config.data, config.tables, train, *others)
         data = resolve_transforms(train, columns, config.data)
         tables = tuple(dataclasses.replace(table, features=features_of(table, columns)) for table in config.tables)
-        return Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
+        inputs = Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
+    _check_same_on_all_ranks(inputs, world)
+    return inputs
+
+
+def _check_same_on_all_ranks(inputs: Inputs, world: World) -> None:
+    """Ranks that read different files or settings would wait for each other for ever. Collective."""
+    datasets = [dataset for dataset in (inputs.train, inputs.validation, inputs.test) if dataset is not None]
+    views = world.gather((to_plain(inputs.config), [dataset.to_plain() for dataset in datasets]))
+    chief_config, chief_data = views[0]
+    for rank, (config, data) in enumerate(views):
+        for key in config:
+            if config[key] != chief_config.get(key):
+                raise ConfigError(f"{key} is not the same on ranks 0 and {rank}; start all with the same description")
+        for dataset, seen, expected in zip(datasets, data, chief_data, strict=True):
+            if seen != expected:
+                raise DataError(f"{dataset.what}: ranks 0 and {rank} see different files; give every host the same")
 
 
 def start(inputs: Inputs, world: World) -> Run:
@@ -96,6 +112,9 @@ def start(inputs: Inputs, world: World) -> Run:
     Raises:
         CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
     """
+    with world.together():
+        if world.is_chief:
+            _make_output(Path(inputs.config.output))
     state = build_state(inputs.config, len(inputs.columns.dense), world)
     run = Run(inputs, state, build_pipeline(state), Cursor(0, 0), ())
     found = checkpoint.newest_good(run.checkpoints, world)
@@ -106,6 +125,13 @@ def start(inputs: Inputs, world: World) -> Run:
         check_same_run(manifest, inputs, path)
         checkpoint.load(path, manifest, state)
     return dataclasses.replace(run, cursor=manifest.cursor, evaluations=manifest.evaluations)
+
+
+def _make_output(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {output} cannot be made: {error.strerror}; name another folder") from error
 
 
 def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:

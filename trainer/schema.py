@@ -74,6 +74,15 @@ def features_of(table: TableConfig, columns: Columns) -> tuple[str, ...]:
     return _expand(table.features, columns.sparse, f"table {table.name!r}: features")
 
 
+def check_columns(columns: Columns, dataset: Dataset) -> None:
+    """Raise DataError unless all files of ``dataset`` have the needed columns, with types that are of use."""
+    file = dataset.files[0]
+    for name in columns.names:
+        _named(name, file.schema.names, dataset.what, file)
+    _check_types(columns, file)
+    check_files(columns, dataset)
+
+
 def check_files(columns: Columns, *datasets: Dataset) -> None:
     """Raise DataError unless all files of all data sets have the needed columns, with the types of the first file."""
     files = [file for dataset in datasets for file in dataset.files]

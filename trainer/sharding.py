@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import BoundsCheckMode
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -125,11 +124,14 @@ def plan_tables(
         storage_reservation=FixedPercentageStorageReservation(0.0),
         constraints={table.name: _constraint(table, world) for table in physical},
     )
-    try:
-        plan = planner.collective_plan(_Tables(collection), _sharders(), dist.group.WORLD)
-    except PlannerError as error:
-        raise ShardingError(_does_not_fit(physical, offered, world, error)) from error
-    return plan
+    plan: ShardingPlan = None
+    with world.together():  # the planner's own collective_plan leaves the other ranks waiting when the chief's fails
+        if world.is_chief:
+            try:
+                plan = planner.plan(_Tables(collection), _sharders())
+            except PlannerError as error:
+                raise ShardingError(_does_not_fit(physical, offered, world, error)) from error
+    return world.gather(plan)[0]
 
 
 class _Tables(nn.Module):
@@ -266,16 +268,14 @@ def fused_shards(model: DistributedModelParallel, physical: Sequence[PhysicalTab
     states = model.fused_optimizer.state_dict()["state"]
     for table in physical:
         name = weight_name(table)
-        if not hasattr(weights[name], "local_shards"):
-            continue
-        moments = {
-            moment: states[name][f"{table.name}.momentum{number}"].local_shards()
-            for number, moment in enumerate(MOMENTS[table.first.optimizer.kind], start=1)
-        }
-        for number, piece in enumerate(weights[name].local_shards()):
+        pieces = weights[name].local_shards() if hasattr(weights[name], "local_shards") else []
+        for number, piece in enumerate(pieces):
             row, column = piece.metadata.shard_offsets
-            own = {moment: pieces[number].tensor for moment, pieces in moments.items()}
-            yield Shard(table, row, column, piece.tensor, own, is_replica=False)
+            moments = {
+                moment: states[name][f"{table.name}.momentum{order}"].local_shards()[number].tensor
+                for order, moment in enumerate(MOMENTS[table.first.optimizer.kind], start=1)
+            }
+            yield Shard(table, row, column, piece.tensor, moments, is_replica=False)
 
 
 def weight_name(table: PhysicalTable) -> str:
@@ -287,5 +287,7 @@ def quiet_libraries() -> None:
     """Leave what torch and TorchRec say about their own internals out of the user's terminal."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # TorchRec says this of every data-parallel table, to the root logger.
+    logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
     for module in ("torch", "torchrec"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
@@ -102,7 +103,7 @@ def build_state(config: RunConfig, num_dense: int, world: World) -> TrainState:
     plan = plan_tables(physical, config.sharding, world, config.data.global_batch_size // world.size)
     sharded = shard(model, physical, plan, world, seed=config.seed)
     if world.size > 1:
-        models.norm.synchronize(model, all_reduce)
+        models.norm.synchronize(model, SumOverRanks.apply)
     weights = dict(sharded.named_parameters())
     groups = [dense_group(dict(model.named_parameters()), config.dense_optimizer)]
     groups += [table_group(t, weights[weight_name(t)]) for t in physical if is_data_parallel(plan, t)]
@@ -150,3 +151,21 @@ def parts_in(piece: Shard) -> Iterator[tuple[Part, int, int, slice]]:
         begin, end = max(part.begin, piece.column), min(part.end, last)
         if begin < end:
             yield part, begin - part.begin, end - part.begin, slice(begin - piece.column, end - piece.column)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A differentiable sum over ranks: the gradient of a sum that all ranks read is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over ranks."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The sum of the gradient over ranks."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

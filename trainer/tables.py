@@ -1,7 +1,8 @@
 """Logical tables (public names and widths) laid out as physical TorchRec tables (widths the kernels accept).
 
-A logical table is what the run description names, its features named one by one. A physical table is what FBGEMM holds: its width is a multiple of 4,
-and logical tables that look up the same rows with the same element-wise optimizer lie side by side in it.
+A logical table is what the run description names, its features named one by one. A physical table is what FBGEMM holds:
+its width is a multiple of 4, and logical tables that look up the same rows with the same element-wise optimizer lie
+side by side in it.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def lay_out(tables: Sequence[TableConfig], world_size: int, *, pack: bool) -> tu
     for table in tables:
         space_key = (table.ids, table.rows, table.features)
         if space_key not in spaces:
-            spaces[space_key] = IdSpace(table.name, table.ids, table.rows, table.features, world_size)
+            spaces[space_key] = IdSpace(table.key, table.ids, table.rows, table.features, world_size)
         packable = pack and table.optimizer.kind in _ELEMENTWISE
-        twin = (table.optimizer, table.pooling, table.sharding) if packable else (table.key,)
+        twin = (table.optimizer, table.sharding) if packable else (table.key,)
         groups.setdefault((space_key, twin), []).append(table)
     return tuple(_side_by_side(group, spaces[key[0]]) for key, group in groups.items())  # type: ignore[index]
 
@@ -117,7 +118,7 @@ def build_collection(physical: Sequence[PhysicalTable]) -> EmbeddingBagCollectio
                 num_embeddings=table.space.capacity,
                 embedding_dim=table.width,
                 feature_names=list(table.space.keys),
-                pooling=PoolingType[table.first.pooling.upper()],
+                pooling=PoolingType.SUM,  # means are taken in task.py, alike for every sharding type
                 init_fn=_leave_as_allocated,
             )
             for table in physical

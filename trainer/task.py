@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from trainer.batch import Batch
-from trainer.tables import PhysicalTable, output_keys
+from trainer.tables import PhysicalTable, output_keys, spaces_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,25 @@ def by_feature(pooled: KeyedTensor, keys: Sequence[str]) -> Tensor:
     return torch.stack([values[:, begins[key] : ends[key]] for key in keys], dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where one logical table's pooled rows are."""
+
+    keys: list[str]
+    begin: int
+    end: int
+    bags: list[int] | None
+    """For mean pooling, the places of the features among the batch's keys."""
+
+    def read(self, pooled: KeyedTensor, batch: Batch) -> Tensor:
+        """[num_rows, F, D]; sums over each bag, or means: TorchRec's own means differ by sharding type (an epsilon)."""
+        sums_BFD = by_feature(pooled, self.keys)[: batch.num_rows, :, self.begin : self.end]
+        if self.bags is None:
+            return sums_BFD
+        lengths_FB = batch.sparse.lengths().view(len(batch.sparse.keys()), -1)[self.bags, : batch.num_rows]
+        return sums_BFD / lengths_FB.clamp(min=1).T.unsqueeze(2)
+
+
 class Head(nn.Module):
     """What follows the lookup: columns by name, the interaction model, the loss. A leaf to the pipeline's tracer."""
 
@@ -55,9 +74,15 @@ class Head(nn.Module):
         self._world_size = world_size
         self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         keys = output_keys(physical)
+        inputs = [key for space in spaces_of(physical) for key in space.keys]
         self._sources = {
             role: [
-                (keys[table.name], part.begin, part.end)
+                _Source(
+                    keys=keys[table.name],
+                    begin=part.begin,
+                    end=part.end,
+                    bags=[inputs.index(key) for key in table.space.keys] if part.table.pooling == "mean" else None,
+                )
                 for table in physical
                 for part in table.parts
                 if part.table.role == role
@@ -75,19 +100,18 @@ class Head(nn.Module):
         if self._draws and self.training:
             self._seed_dropout(batch)
         rows = batch.num_rows
-        logits_B = self.model(batch.dense[:rows], self._role(pooled, "embedding", rows), self._linear(pooled, rows))
+        embeddings_BFD = self._role(pooled, batch, "embedding")
+        linear_BF = self._role(pooled, batch, "linear").flatten(1)
+        logits_B = self.model(batch.dense[:rows], embeddings_BFD, linear_BF)
         total = binary_cross_entropy_with_logits(logits_B, batch.labels[:rows], reduction="sum")
         return total * (self._world_size / batch.global_rows), Prediction(logits_B.detach(), batch)
 
-    def _role(self, pooled: KeyedTensor, role: str, rows: int) -> Tensor:
-        """[rows, F, D] of all tables of one role; [rows, 0, 0] where the run has none."""
-        blocks = [by_feature(pooled, keys)[:rows, :, begin:end] for keys, begin, end in self._sources[role]]
+    def _role(self, pooled: KeyedTensor, batch: Batch, role: str) -> Tensor:
+        """[num_rows, F, D] of all tables of one role; [num_rows, 0, 0] where the run has none."""
+        blocks = [source.read(pooled, batch) for source in self._sources[role]]
         if not blocks:
-            return pooled.values().new_zeros(rows, 0, 0)
+            return pooled.values().new_zeros(batch.num_rows, 0, 0)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-
-    def _linear(self, pooled: KeyedTensor, rows: int) -> Tensor:
-        return self._role(pooled, "linear", rows).flatten(1)
 
     def _seed_dropout(self, batch: Batch) -> None:
         """Masks are a function of (seed, place in the data), so that a resumed run draws the same."""

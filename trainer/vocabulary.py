@@ -28,6 +28,8 @@ class IdSpace:
     """
 
     name: str
+    """Public name of the first table that reads these rows."""
+
     kind: str
     rows: int
     features: tuple[str, ...]

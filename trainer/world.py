@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -48,17 +50,18 @@ class World:
             yield
         except UserError as error:
             failure = error
-        if self.size == 1:
-            if failure is not None:
-                raise failure
-            return
-        import torch.distributed as dist
-
-        failures: list[UserError | None] = [None] * self.size
-        dist.all_gather_object(failures, failure)
-        for first in failures:
+        for first in self.gather(failure):
             if first is not None:
                 raise first
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, in the order of ranks, on every rank; it must be picklable. Collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_gather_object(values, value)
+        return values
 
     def sum_integers(self, *values: int) -> list[int]:
         """Each value summed over ranks; integers, so that decisions made of them are equal on all ranks. Collective."""

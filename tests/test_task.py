@@ -1,0 +1,264 @@
+"""Tests of the forward: columns by name whatever their order, and a loss that is the mean over the global batch."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from tests.batches import Ids, random_ids, raw_batch
+from trainer.batch import Batch
+from trainer.config import TableConfig
+from trainer.rows import Cursor
+from trainer.tables import PhysicalTable, build_collection, initial_rows, lay_out, spaces_of
+from trainer.task import CTRTask, Head, by_feature
+from trainer.vocabulary import Mapper
+
+FEATURES = ("a", "b", "c")
+
+
+class Adder(nn.Module):
+    """Logit: a weighted sum of everything that a model gets; remembers what that was."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5, 1.5, -0.7]))
+        self.dropout = nn.Dropout(dropout)
+        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        self.seen = (dense_BN, embeddings_BFD, linear_BF)
+        sums = [dense_BN.sum(1), embeddings_BFD.flatten(1).sum(1), linear_BF.sum(1)]
+        return self.dropout(torch.stack(sums, dim=1)) @ self.weight
+
+
+def configs(**linear: Any) -> list[TableConfig]:
+    """A table of 3 columns over c, a; one of 3 over b; a first-order one over c, a: packed with the first or not."""
+    return [
+        TableConfig(name="e", features=("c", "a"), dim=3, rows=7),
+        TableConfig(name="m", features=("b",), dim=3, rows=20, ids="identity", pooling="mean"),
+        TableConfig(name="l", features=("c", "a"), dim=1, rows=7, role="linear", **linear),
+    ]
+
+
+def weights_of(table: TableConfig) -> Tensor:
+    """Some value for each logical id and column."""
+    generator = torch.Generator().manual_seed(sum(table.key.encode()))
+    return torch.randn(table.rows, table.dim, generator=generator)
+
+
+def make_task(model: nn.Module, physical: tuple[PhysicalTable, ...], **options: Any) -> CTRTask:
+    """The unsharded task with ``weights_of`` in its tables and NaN where nobody may look: the padding."""
+    tables = build_collection(physical).embedding_bag_configs()
+    collection = EmbeddingBagCollection(tables=tables, device=torch.device("cpu"))
+    with torch.no_grad():
+        for table in physical:
+            weight = collection.embedding_bags[table.name].weight
+            weight.fill_(float("nan"))
+            for part in table.parts:
+                rows = torch.from_numpy(table.space.rows_of(np.arange(part.table.rows)))
+                weight[rows, part.begin : part.end] = weights_of(part.table)
+    return CTRTask(collection, Head(model, physical, **{"seed": 1, "world_size": 1} | options))
+
+
+def make_batch(
+    physical: tuple[PhysicalTable, ...], size: int, num_rows: int, global_rows: int, seed: int = 0
+) -> tuple[Ids, Batch]:
+    rng = np.random.default_rng(seed)
+    ids = random_ids(seed, FEATURES, size, num_rows, below=20)
+    real = np.arange(size) < num_rows
+    raw = raw_batch(
+        ids,
+        num_rows,
+        dense=np.float32(np.where(real[:, None], rng.normal(size=(size, 2)), 0)),
+        labels=np.float32(np.where(real, rng.integers(0, 2, size), 0)),
+        global_rows=global_rows,
+    )
+    return ids, Mapper(spaces_of(physical), FEATURES, str)(raw)
+
+
+def naive_lookup(table: TableConfig, ids: Ids, row: int) -> list[Tensor]:
+    """For each feature of a table, the pooled columns of one row, id by id."""
+    (physical,) = lay_out([table], 1, pack=False)
+    weight, pooled = weights_of(table), []
+    for feature in table.features:
+        logical = physical.space.map(np.array(ids[feature][row], dtype=np.int64), str).tolist()
+        total = sum((weight[i] for i in logical), torch.zeros(table.dim))
+        pooled.append(total / len(logical) if table.pooling == "mean" and logical else total)
+    return pooled
+
+
+def pass_through(task: CTRTask, batch: Batch) -> tuple[Tensor, Tensor]:
+    loss, prediction = task(batch)
+    assert prediction.batch is batch
+    return loss, prediction.logits
+
+
+# ---------------------------------------------------------------- by name
+
+
+def test_features_are_found_by_name_in_any_order_that_the_lookup_returns() -> None:
+    values = {key: torch.randn(4, 3) for key in "pqrs"}
+    for returned in itertools.permutations("pqrs"):
+        pooled = KeyedTensor(
+            keys=list(returned), length_per_key=[3] * 4, values=torch.cat([values[key] for key in returned], dim=1)
+        )
+        for wanted in [*itertools.permutations("pqrs", 3), ("s",), ("q", "q")]:
+            expected = torch.stack([values[key] for key in wanted], dim=1)
+            torch.testing.assert_close(by_feature(pooled, wanted), expected, rtol=0, atol=0)
+
+
+def test_features_between_others_of_another_width_are_found() -> None:
+    values = {"w": torch.randn(2, 8), "p": torch.randn(2, 4), "x": torch.randn(2, 4), "q": torch.randn(2, 4)}
+    pooled = KeyedTensor(keys=list(values), length_per_key=[8, 4, 4, 4], values=torch.cat([*values.values()], dim=1))
+    for wanted in [("p", "x", "q"), ("q", "p"), ("p", "q"), ("w",)]:
+        expected = torch.stack([values[key] for key in wanted], dim=1)
+        torch.testing.assert_close(by_feature(pooled, wanted), expected, rtol=0, atol=0)
+
+
+def test_features_that_lie_side_by_side_are_not_copied() -> None:
+    pooled = KeyedTensor(keys=["p", "q", "r"], length_per_key=[4] * 3, values=torch.randn(5, 12))
+    assert by_feature(pooled, ["q", "r"]).untyped_storage().data_ptr() == pooled.values().untyped_storage().data_ptr()
+
+
+# ---------------------------------------------------------------- what the model gets
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("linear", [{}, {"sharding": ("row_wise",)}])
+def test_the_model_gets_what_looking_up_id_by_id_gives(world_size: int, linear: dict[str, Any]) -> None:
+    """The physical tables are striped for ``world_size`` ranks and, in the first case, packed."""
+    tables = configs(**linear)
+    physical = lay_out(tables, world_size, pack=True)
+    assert len(physical) == (3 if linear else 2)
+    model = Adder()
+    ids, batch = make_batch(physical, size=6, num_rows=5, global_rows=5)
+    pass_through(make_task(model, physical), batch)
+    assert model.seen is not None
+    dense, embeddings, first_order = model.seen
+    torch.testing.assert_close(dense, batch.dense[:5], rtol=0, atol=0)
+    for row in range(5):
+        expected = torch.stack([*naive_lookup(tables[0], ids, row), *naive_lookup(tables[1], ids, row)])
+        torch.testing.assert_close(embeddings[row], expected)
+        torch.testing.assert_close(first_order[row], torch.cat(naive_lookup(tables[2], ids, row)))
+
+
+def test_a_run_without_tables_of_a_role_gives_the_model_none_of_it() -> None:
+    model = Adder()
+    physical = lay_out(configs()[2:], 1, pack=True)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    pass_through(make_task(model, physical), batch)
+    assert model.seen is not None
+    assert [tuple(part.shape) for part in model.seen] == [(4, 2), (4, 0, 0), (4, 2)]
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("split", [(3, 3), (4, 2), (6, 0), (0, 6)])
+def test_losses_averaged_over_ranks_are_the_mean_over_the_global_batch(split: tuple[int, int]) -> None:
+    model, physical = Adder(), lay_out(configs(), 1, pack=True)
+    halves, logits, labels = [], [], []
+    for rank, rows in enumerate(split):
+        _, batch = make_batch(physical, size=6, num_rows=rows, global_rows=6, seed=rank)
+        loss, own = pass_through(make_task(model, physical, world_size=2), batch)
+        halves.append(loss)
+        logits.append(own)
+        labels.append(batch.labels[:rows])
+    expected = binary_cross_entropy_with_logits(torch.cat(logits), torch.cat(labels))
+    torch.testing.assert_close(sum(halves) / 2, expected)
+
+
+def test_gradients_averaged_over_ranks_are_those_of_one_rank() -> None:
+    physical = lay_out(configs(), 1, pack=True)
+    parts = [make_batch(physical, size=4, num_rows=rows, global_rows=7, seed=rank)[1] for rank, rows in enumerate((4, 3))]
+    model = Adder()
+    for batch in parts:
+        (pass_through(make_task(model, physical, world_size=2), batch)[0] / 2).backward()
+    averaged = model.weight.grad
+    alone = Adder()
+    task, losses = make_task(alone, physical), []
+    for batch in parts:
+        _, logits = pass_through(task, batch)
+        assert alone.seen is not None
+        sums = torch.stack([part.flatten(1).sum(1) for part in alone.seen], dim=1)
+        losses.append(binary_cross_entropy_with_logits(sums @ alone.weight, batch.labels[: len(logits)], reduction="sum"))
+    (sum(losses) / 7).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(averaged, alone.weight.grad)
+
+
+def test_padding_changes_neither_loss_nor_logits() -> None:
+    physical = lay_out(configs(), 2, pack=True)
+    ids, short = make_batch(physical, size=3, num_rows=3, global_rows=3)
+    padded_ids = {feature: [*rows, [], []] for feature, rows in ids.items()}
+    loss, logits = pass_through(make_task(Adder(), physical), short)
+    for junk in (0.0, 1e30, float("nan")):
+        raw = raw_batch(
+            padded_ids,
+            3,
+            dense=np.concatenate([short.raw.dense, np.full((2, 2), junk, np.float32)]),
+            labels=np.concatenate([short.raw.labels, np.full(2, junk, np.float32)]),
+        )
+        batch = Mapper(spaces_of(physical), FEATURES, str)(raw)
+        padded_loss, padded_logits = pass_through(make_task(Adder(), physical), batch)
+        torch.testing.assert_close(padded_loss, loss, rtol=0, atol=0)
+        torch.testing.assert_close(padded_logits, logits, rtol=0, atol=0)
+
+
+def test_a_rank_without_rows_has_no_loss_but_a_gradient_to_share() -> None:
+    model, physical = Adder(), lay_out(configs(), 1, pack=True)
+    _, batch = make_batch(physical, size=4, num_rows=0, global_rows=4)
+    loss, logits = pass_through(make_task(model, physical, world_size=2), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.shape == (0,)
+    assert model.weight.grad is not None
+    assert not model.weight.grad.any()
+
+
+def test_logits_are_handed_on_without_their_graph() -> None:
+    physical = lay_out(configs(), 1, pack=True)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    loss, logits = pass_through(make_task(Adder(), physical), batch)
+    assert loss.requires_grad
+    assert not logits.requires_grad
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def logits_at(task: CTRTask, batch: Batch, cursor: Cursor, first_row: int) -> list[float]:
+    torch.rand(3)  # whatever was drawn before
+    raw = raw_batch(random_ids(0, FEATURES, 4, 4, below=20), row_numbers=np.arange(first_row, first_row + 4))
+    moved = Batch(batch.dense, batch.sparse, batch.labels, 4, 4, cursor, raw)
+    return [round(value, 5) for value in task(moved)[1].logits.tolist()]
+
+
+def test_dropout_is_a_function_of_seed_and_place_and_not_of_what_was_drawn_before() -> None:
+    physical = lay_out(configs(), 1, pack=True)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    places = [(Cursor(0, 1), 0), (Cursor(0, 2), 0), (Cursor(1, 1), 0), (Cursor(0, 1), 8)]
+
+    def run(seed: int) -> list[list[float]]:
+        task = make_task(Adder(dropout=0.5), physical, seed=seed)
+        return [logits_at(task, batch, cursor, first) for cursor, first in places]
+
+    drawn = run(seed=1)
+    assert run(seed=1) == drawn
+    assert len({tuple(values) for values in drawn + run(seed=2)}) == 8
+
+
+def test_without_dropout_the_generator_is_left_alone() -> None:
+    physical = lay_out(configs(), 1, pack=True)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    for task in (make_task(Adder(), physical), make_task(Adder(dropout=0.5), physical).eval()):
+        before = torch.get_rng_state()
+        task(batch)
+        assert torch.equal(torch.get_rng_state(), before)
