@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class Outcome:
         assert len(complaints) == 1, f"{len(complaints)} lines of complaint, expected 1:\n{self.errors}"
         assert self.errors.endswith(complaints[0] + "\n"), f"something follows the complaint:\n{self.errors}"
         return complaints[0]
+
+    def complains_of(self, pattern: str) -> None:
+        """Fail unless the command ended with one line about a mistake in which ``pattern`` is found."""
+        assert re.search(pattern, self.complaint), f"{pattern!r} is not in {self.complaint!r}"
 
 
 def call(*argv: str | Path) -> Outcome:

@@ -34,7 +34,7 @@ def run(**values: Any) -> RunConfig:
     return RunConfig(**given | values)
 
 
-TABLE_MISTAKES = [
+TABLE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"name": "a.b"}, "name is 'a.b', expected letters, digits and underscores"),
     ({"name": ""}, "name is '', expected letters, digits and underscores"),
     ({"features": ()}, "features is empty, expected at least one column or pattern"),
@@ -57,7 +57,7 @@ TABLE_MISTAKES = [
     ),
 ]
 
-TRANSFORM_MISTAKES = [
+TRANSFORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"columns": ()}, "columns is empty, expected at least one pattern"),
     ({"kind": "clip"}, "low is None and high is None, expected low <= high for kind 'clip'"),
     ({"kind": "clip", "low": 1.0}, "low is 1.0 and high is None, expected low <= high for kind 'clip'"),
@@ -67,7 +67,7 @@ TRANSFORM_MISTAKES = [
     ({"mean": 1.0, "std": 0.0}, "std is 0.0, expected above 0"),
 ]
 
-DATA_MISTAKES = [
+DATA_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": ()}, "train is empty, expected at least one file or pattern"),
     ({"labels": ()}, "labels has 0 entries, expected exactly one"),
     ({"labels": ("click", "buy")}, "labels has 2 entries, expected exactly one"),
@@ -98,6 +98,7 @@ SECTION_MISTAKES = [
 
 RUN_MISTAKES = [
     ({"tables": ()}, "tables is empty, expected at least one [[tables]] section"),
+    ({"output": ""}, "output is empty, expected the name of a folder"),
     ({"max_steps": -1}, "max_steps is -1, expected 0 or more"),
     ({"segment_steps": 0}, "segment_steps is 0, expected 1 or more"),
     ({"seed": 1 << 63}, f"seed is {1 << 63}, expected a 64-bit integer"),

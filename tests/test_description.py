@@ -347,7 +347,7 @@ runs = st.builds(
     tables=st.lists(tables, min_size=1, max_size=3, unique_by=lambda table: table.key).map(tuple),
     model=st.just({"kind": "dnn", "hidden": [8, 4], "nested": {"a": [1.5, "x"]}}),
     seed=st.integers(-(1 << 63), (1 << 63) - 1),
-    output=st.text(max_size=5),
+    output=st.text(min_size=1, max_size=5),
     dense_optimizer=st.builds(DenseOptimizerConfig, lr=positive, schedule=schedules),
     sharding=st.builds(ShardingConfig, memory_gib=st.just(0.0) | positive, pack=st.booleans()),
     evaluation=st.builds(EvaluationConfig, every_steps=counts),

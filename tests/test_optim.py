@@ -31,7 +31,7 @@ from trainer.optim import (
 )
 from trainer.recipe import DenseOptimizerConfig, InitConfig, ScheduleConfig, SparseOptimizerConfig
 from trainer.state import TrainState, build_state, parts_in
-from trainer.tables import lay_out
+from trainer.tables import PhysicalTable, lay_out
 from trainer.vocabulary import Mapper
 from trainer.world import World, join_world
 
@@ -79,7 +79,8 @@ def group(*values: float, schedule: ScheduleConfig = MOVES) -> DenseGroup:
 
 
 def test_every_step_uses_the_rate_of_its_own_number() -> None:
-    dense, assigned = group(0.0), []
+    dense = group(0.0)
+    assigned: list[float] = []
     weight = dense.parameters["w"]
     fused = Rate("table", 2.0, ScheduleConfig(warmup_steps=4), assigned.append)
     optimizer = Optimizer([dense], [fused])
@@ -138,11 +139,11 @@ def test_forgotten_gradients_move_nothing() -> None:
     assert dense.parameters["w"].item() == 1.0
 
 
-DENSE_KINDS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
-    ("adam", {"eps": 0.1, "betas": (0.5, 0.7), "weight_decay": 0.2}, {}),
-    ("adamw", {"eps": 0.1, "betas": (0.5, 0.7), "weight_decay": 0.2}, {}),
-    ("adagrad", {"eps": 0.1, "weight_decay": 0.2}, {}),
-    ("sgd", {"momentum": 0.6, "weight_decay": 0.2}, {}),
+DENSE_KINDS: list[tuple[Any, Any, dict[str, Any]]] = [
+    ("adam", torch.optim.Adam, {"eps": 0.1, "betas": (0.5, 0.7), "weight_decay": 0.2}),
+    ("adamw", torch.optim.AdamW, {"eps": 0.1, "betas": (0.5, 0.7), "weight_decay": 0.2}),
+    ("adagrad", torch.optim.Adagrad, {"eps": 0.1, "weight_decay": 0.2}),
+    ("sgd", torch.optim.SGD, {"momentum": 0.6, "weight_decay": 0.2}),
 ]
 
 
@@ -153,22 +154,22 @@ def follow(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Tensor:
     return weight.detach()
 
 
-@pytest.mark.parametrize(("kind", "options", "_"), DENSE_KINDS)
+@pytest.mark.parametrize(("kind", "torchs", "options"), DENSE_KINDS)
 def test_the_dense_optimizer_is_torchs_with_every_option_handed_on(
-    kind: Any, options: dict[str, Any], _: dict[str, Any]
+    kind: Any, torchs: Any, options: dict[str, Any]
 ) -> None:
     ours, plain = parameter(1.0, -2.0, 3.0), parameter(1.0, -2.0, 3.0)
     made = dense_group({"w": ours}, DenseOptimizerConfig(kind=kind, lr=0.3, **options))
-    classes = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}
-    theirs = classes.get(kind, torch.optim.SGD)([plain], lr=0.3, foreach=False, **options)
+    theirs = torchs([plain], lr=0.3, foreach=False, **options)
     torch.testing.assert_close(follow(made.optimizer, ours), follow(theirs, plain))
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def physical(pack: bool = True, **values: Any) -> Any:
-    return lay_out([TableConfig(**{"name": "t", "features": ("a",), "dim": 15, "rows": 8} | values)], 1, pack=pack)[0]
+def physical(**values: Any) -> PhysicalTable:
+    given: dict[str, Any] = {"name": "t", "features": ("a",), "dim": 15, "rows": 8}
+    return lay_out([TableConfig(**given | values)], 1, pack=True)[0]
 
 
 def test_adam_in_a_sharded_table_on_cpu_is_refused() -> None:
@@ -183,17 +184,18 @@ def test_adam_in_a_sharded_table_on_cpu_is_refused() -> None:
     check_sparse(table, torch.device("cuda"), data_parallel=False)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adagrad"])
+@pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
 def test_l2_in_a_kernel_without_it_is_refused(kind: Any) -> None:
     table = physical(optimizer=SparseOptimizerConfig(kind=kind, weight_decay=0.5))
     message = (
         f"table 't': optimizer.weight_decay is 0.5, but FBGEMM's {kind} kernel has no L2; "
         "use 'rowwise_adagrad', or sharding = ['data_parallel']"
     )
+    cuda = torch.device("cuda")  # nothing is put there
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_sparse(table, CPU, data_parallel=False)
-    check_sparse(table, CPU, data_parallel=True)
-    check_sparse(physical(optimizer=SparseOptimizerConfig(kind=kind)), CPU, data_parallel=False)
+        check_sparse(table, cuda, data_parallel=False)
+    check_sparse(table, cuda, data_parallel=True)
+    check_sparse(physical(optimizer=SparseOptimizerConfig(kind=kind)), cuda, data_parallel=False)
 
 
 def test_only_rowwise_adagrad_on_padded_rows_needs_a_correction() -> None:
@@ -217,7 +219,7 @@ def world() -> Iterator[World]:
 
 
 def table_config(name: str = "t", *features: str, **values: Any) -> TableConfig:
-    defaults = {"dim": 15, "rows": 9, "ids": "identity", "init": InitConfig(scale=0.5)}
+    defaults: dict[str, Any] = {"dim": 15, "rows": 9, "ids": "identity", "init": InitConfig(scale=0.5)}
     return TableConfig(name=name, features=features or ("a", "b"), **defaults | values)
 
 
@@ -242,7 +244,9 @@ def live(state: TrainState, name: str = "weight") -> dict[str, Array]:
     """The logical rows of every table, or one of its moments, in the order of ids."""
     found: dict[str, Array] = {}
     for piece in state.shards():
-        values = piece.weight if name == "weight" else piece.moments[name]
+        values = {"weight": piece.weight, **piece.moments}.get(name)
+        if values is None:
+            continue
         ids = piece.table.space.ids_of(piece.row, piece.row + len(piece.weight))
         for part, _, _, columns in parts_in(piece):
             found[part.table.key] = (values if values.dim() == 1 else values[:, columns])[ids].double().numpy().copy()
@@ -266,8 +270,9 @@ def update(table: TableConfig, weight: Array, moments: dict[str, Array], gradien
     """One step of a table's optimizer in place, in float64 on logical rows, as its paper or torch says it."""
     config = table.optimizer
     lr = config.lr * learning_rate_factor(config.schedule, step)
-    touched = np.ones(len(weight), bool) if table.sharding == ("data_parallel",) else gradient.any(axis=1)
-    g = np.where(touched[:, None], gradient + config.weight_decay * weight, 0.0)
+    every_row = table.sharding == ("data_parallel",)
+    touched = gradient.any(axis=1, keepdims=True) | every_row
+    g = np.where(touched, gradient + config.weight_decay * weight, 0.0)
     if config.kind == "sgd":
         weight -= lr * g
     elif config.kind == "adagrad":
@@ -279,19 +284,38 @@ def update(table: TableConfig, weight: Array, moments: dict[str, Array], gradien
     else:
         for name, beta, value in (("exp_avg", config.betas[0], g), ("exp_avg_sq", config.betas[1], g**2)):
             moments[name] += (1 - beta) * (value - moments[name])
-        first, second = (moments[m] / (1 - b ** (step + 1)) for m, b in zip(MOMENTS_OF["adam"], config.betas, strict=True))
+        first, second = (
+            moments[m] / (1 - b ** (step + 1)) for m, b in zip(MOMENTS_OF["adam"], config.betas, strict=True)
+        )
         weight -= lr * first / (np.sqrt(second) + config.eps)
 
 
-MOMENTS_OF = {"sgd": (), "adagrad": ("sum",), "rowwise_adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
+MOMENTS_OF: dict[str, tuple[str, ...]] = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+}
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+}
+
+
+def first_moments(table: TableConfig, weight: Array) -> dict[str, Array]:
+    shape = weight.shape[:1] if table.optimizer.kind == "rowwise_adagrad" else weight.shape
+    return {name: np.zeros(shape) for name in MOMENTS_OF[table.optimizer.kind]}
 
 
 def naive_training(state: TrainState, tables: tuple[TableConfig, ...], features: str) -> tuple[dict[str, Array], Any]:
     """Weights and moments after all batches: dense tables, autograd for gradients, ``update`` for the rest."""
     model = copy.deepcopy(state.interaction).double().cpu()
-    dense = torch.optim.SGD(model.parameters(), lr=0.1) if list(model.parameters()) else None
+    dense = torch.optim.SGD(model.parameters(), lr=0.1)
     weights = live(state)
-    shapes = {t.key: len(weights[t.key]) if t.optimizer.kind == "rowwise_adagrad" else weights[t.key].shape for t in tables}
+    shapes = {
+        t.key: len(weights[t.key]) if t.optimizer.kind == "rowwise_adagrad" else weights[t.key].shape for t in tables
+    }
     moments = {t.key: {name: np.zeros(shapes[t.key]) for name in MOMENTS_OF[t.optimizer.kind]} for t in tables}
     for step, (ids, labels) in enumerate(batches(features)):
         leaves = {key: torch.tensor(weight, requires_grad=True) for key, weight in weights.items()}
@@ -304,15 +328,13 @@ def naive_training(state: TrainState, tables: tuple[TableConfig, ...], features:
         embeddings = torch.cat(looked_up["embedding"], 1).unflatten(1, (num_fields, -1)) if num_fields else None
         logits = model(torch.zeros(6, 0).double(), embeddings, torch.cat(looked_up["linear"], 1))
         loss = binary_cross_entropy_with_logits(logits, torch.tensor(labels))
-        if dense is not None:
-            dense.zero_grad()
+        dense.zero_grad()
         loss.backward()
         for table in tables:
             gradient = leaves[table.key].grad
             assert gradient is not None
             update(table, weights[table.key], moments[table.key], gradient.numpy(), step)
-        if dense is not None:
-            dense.step()
+        dense.step()
     return weights, moments
 
 
@@ -330,7 +352,9 @@ REPLICATED = [
 ]
 
 
-def check_against_formula(world: World, tables: tuple[TableConfig, ...], features: str = "ab", model: str = "fm") -> None:
+def check_against_formula(
+    world: World, tables: tuple[TableConfig, ...], features: str = "ab", model: str = "fm"
+) -> None:
     state = start(world, *tables, model=model)
     expected, expected_moments = naive_training(state, tables, features)
     before = live(state)
@@ -345,7 +369,7 @@ def check_against_formula(world: World, tables: tuple[TableConfig, ...], feature
     assert not any(columns.any() for columns in padding(state))
 
 
-def physical_of(state: TrainState, table: TableConfig) -> Any:
+def physical_of(state: TrainState, table: TableConfig) -> PhysicalTable:
     return next(p for p in state.physical if any(part.table == table for part in p.parts))
 
 

@@ -1,4 +1,4 @@
-"""Tests of optimizer, schedule and first-value descriptions: every mistake is refused with the value and what is right."""
+"""Tests of optimizers, schedules and first values as described: every mistake is refused with what is right."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def test_recipes_are_values_that_can_be_keys_and_do_not_change() -> None:
 
 def test_require_raises_only_when_the_condition_fails() -> None:
     require(True, "never said")
-    with pytest.raises(ConfigError, match="^said$"):
+    with pytest.raises(ConfigError, match=r"^said$"):
         require(False, "said")

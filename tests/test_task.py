@@ -17,7 +17,7 @@ from tests.batches import Ids, random_ids, raw_batch
 from trainer.batch import Batch
 from trainer.config import TableConfig
 from trainer.rows import Cursor
-from trainer.tables import PhysicalTable, build_collection, initial_rows, lay_out, spaces_of
+from trainer.tables import PhysicalTable, build_collection, lay_out, spaces_of
 from trainer.task import CTRTask, Head, by_feature
 from trainer.vocabulary import Mapper
 
@@ -178,19 +178,22 @@ def test_losses_averaged_over_ranks_are_the_mean_over_the_global_batch(split: tu
 
 def test_gradients_averaged_over_ranks_are_those_of_one_rank() -> None:
     physical = lay_out(configs(), 1, pack=True)
-    parts = [make_batch(physical, size=4, num_rows=rows, global_rows=7, seed=rank)[1] for rank, rows in enumerate((4, 3))]
+    parts = [
+        make_batch(physical, size=4, num_rows=rows, global_rows=7, seed=rank)[1] for rank, rows in enumerate((4, 3))
+    ]
     model = Adder()
     for batch in parts:
         (pass_through(make_task(model, physical, world_size=2), batch)[0] / 2).backward()
     averaged = model.weight.grad
     alone = Adder()
-    task, losses = make_task(alone, physical), []
+    task, total = make_task(alone, physical), torch.zeros(())
     for batch in parts:
         _, logits = pass_through(task, batch)
         assert alone.seen is not None
         sums = torch.stack([part.flatten(1).sum(1) for part in alone.seen], dim=1)
-        losses.append(binary_cross_entropy_with_logits(sums @ alone.weight, batch.labels[: len(logits)], reduction="sum"))
-    (sum(losses) / 7).backward()  # type: ignore[union-attr]
+        labels = batch.labels[: len(logits)]
+        total = total + binary_cross_entropy_with_logits(sums @ alone.weight, labels, reduction="sum")
+    (total / 7).backward()
     torch.testing.assert_close(averaged, alone.weight.grad)
 
 

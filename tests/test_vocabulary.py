@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -138,7 +137,7 @@ def test_no_ids_have_no_rows() -> None:
 
 def spaces_for(case: str, world_size: int) -> list[IdSpace]:
     """Spaces over features a, b, c, d, whose order in the batch is that."""
-    cases = {
+    cases: dict[str, list[tuple[str, str, int, tuple[str, ...]]]] = {
         "one space": [("s", "hashed", 11, ("a", "b", "c", "d"))],
         "interleaved": [("s", "hashed", 11, ("a", "c")), ("t", "identity", 40, ("b", "d"))],
         "backwards": [("s", "hashed", 11, ("d", "c", "a", "b"))],
@@ -197,7 +196,9 @@ def test_what_the_mapper_computes_ahead_is_what_torchrec_computes(case: str) -> 
 
 
 def test_everything_else_of_the_batch_passes_through() -> None:
-    raw = raw_batch({"a": [[1], [2], []]}, 2, labels=np.float32([1, 0, 0]), dense=np.float32([[1], [2], [0]]))
+    raw = raw_batch(
+        {"a": [[1], [2], []]}, 2, labels=np.array([1, 0, 0], np.float32), dense=np.array([[1], [2], [0]], np.float32)
+    )
     batch = Mapper([space(9, 1, "hashed", "s", "a")], ["a"], str)(raw)
     assert batch.raw is raw
     assert (batch.num_rows, batch.global_rows, batch.cursor) == (2, 2, raw.cursor)
@@ -217,10 +218,9 @@ def test_an_id_outside_is_named_with_feature_row_and_table(case: str) -> None:
     identity = next(space for space in spaces if space.kind == "identity")
     for feature in identity.features:
         for row in range(6):
-            ids: dict[str, Any] = {name: [list(r) for r in rows] for name, rows in random_ids(row, "abcd", 6, 6).items()}
-            for other in identity.features:
-                ids[other] = [[1] * (number % 3) for number in range(6)]
-            ids[feature][row] = [*ids[feature][row], 40]
+            few = {name: [[1] * (number % 3) for number in range(6)] for name in identity.features}
+            few[feature][row].append(40)
+            ids = {**random_ids(row, "abcd", 6, 6), **few}
             mapper = Mapper(spaces, "abcd", lambda number: f"part.parquet row {number}")
             raw = raw_batch(ids, row_numbers=np.arange(100, 106))
             start = f"part.parquet row {100 + row}, feature {feature!r}: id 40 is not a row of table {identity.name!r}"

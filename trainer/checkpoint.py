@@ -285,6 +285,26 @@ def verify(path: Path, manifest: Manifest, world: World | None = None) -> None:
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(found)}")
 
 
+def find(path: Path, world: World | None = None, *, verified: bool = True) -> tuple[Path, Manifest]:
+    """The checkpoint at ``path``, or the newest good one of the run whose output that is. Collective with ``world``.
+
+    Without ``verified``, of a checkpoint that is named itself only the manifest is read.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    with _together(world):
+        is_output = os.path.isdir(path / "checkpoints")
+        if not is_output and not os.path.exists(path / manifests.NAME):
+            raise CheckpointError(f"{path} is neither a whole checkpoint nor the output of a run; name one of these")
+    if not is_output:
+        return path, whole(path, world) if verified else manifests.read(path)
+    found = newest_good(path / "checkpoints", world)
+    if found is None:
+        raise CheckpointError(f"{path} has no whole checkpoint; train it first")
+    return found
+
+
 def newest_good(directory: Path, world: World | None = None) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that is whole; every newer one that is not is named in the log. Collective with ``world``.
 

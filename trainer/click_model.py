@@ -153,7 +153,7 @@ class Numeric:
         values = values.astype(self.type.to_pandas_dtype())
         quantiles = uniform(mix64(rows * _GOLDEN + salt(seed, self.name, "null")))
         missing = quantiles < self.nulls
-        return pa.array(values, self.type, mask=missing), np.where(missing, np.nan, values)
+        return pa.array(values, self.type, mask=missing), np.where(missing, np.nan, values.astype(np.float64))
 
 
 NUMERICS = (

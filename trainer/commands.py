@@ -17,11 +17,11 @@ from trainer import manifest as manifests
 from trainer.config import RunConfig, to_plain
 from trainer.dataset import open_dataset
 from trainer.description import build
-from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
+from trainer.errors import ConfigError, DataError, OutputError
 from trainer.evaluation import build_pipeline, score
 from trainer.manifest import write_atomically
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
-from trainer.run import Run, open_inputs, start
+from trainer.run import Run, check_same_files, open_inputs, start
 from trainer.schema import Columns, check_columns
 from trainer.sharding import describe as describe_plan
 from trainer.sharding import plan_rows, quiet_libraries
@@ -149,16 +149,18 @@ def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> st
 
 
 def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[str, float]:
-    path, manifest = find(path, world)
+    path, manifest = checkpoint.find(path, world)
     config = build(RunConfig, manifest.config)
     columns = columns_of(manifest)
     with world.together():
-        patterns = patterns or config.data.test or config.data.validation
-        if not patterns:
+        sources = {"--data": patterns, "data.test": config.data.test, "data.validation": config.data.validation}
+        what = next((key for key, found in sources.items() if found), None)
+        if what is None:
             raise DataError("the run has no test or validation files; name some with --data")
-        dataset = open_dataset(patterns, "--data")
+        dataset = open_dataset(sources[what] or (), what)
         columns = _without_absent(columns, dataset.files[0].schema.names)
         check_columns(columns, dataset)
+    check_same_files([dataset], world)
     state = build_state(config, len(columns.dense), world)
     with world.together():
         checkpoint.load(path, manifest, state)
@@ -177,17 +179,3 @@ def columns_of(manifest: manifests.Manifest) -> Columns:
 def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:
     """Data to score need not have the generating probability of the data that the run was trained on."""
     return columns if columns.probability in known else dataclasses.replace(columns, probability="")
-
-
-def find(path: Path, world: World) -> tuple[Path, manifests.Manifest]:
-    """The checkpoint at ``path``, or the newest good one of the run's output there, verified. Collective.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if os.path.isdir(path / "checkpoints"):
-        found = checkpoint.newest_good(path / "checkpoints", world)
-        if found is None:
-            raise CheckpointError(f"{path} has no whole checkpoint; train it first")
-        return found
-    return path, checkpoint.whole(path, world)

@@ -278,6 +278,7 @@ class RunConfig:
     report: ReportConfig = field(default_factory=ReportConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.output), "output is empty, expected the name of a folder")
         require(bool(self.tables), "tables is empty, expected at least one [[tables]] section")
         require(self.max_steps >= 0, f"max_steps is {self.max_steps}, expected 0 or more")
         require(self.segment_steps >= 1, f"segment_steps is {self.segment_steps}, expected 1 or more")

@@ -28,8 +28,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; name an existing TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read: {reason}; name an existing TOML file") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is not TOML: {error}") from error
     for override in overrides:
         apply_override(data, override)

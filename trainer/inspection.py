@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,9 +12,7 @@ import torch
 from tabulate import tabulate
 
 from trainer import checkpoint
-from trainer import manifest as manifests
 from trainer.digest import digests
-from trainer.errors import CheckpointError
 from trainer.manifest import Manifest
 from trainer.report import log_to_terminal
 from trainer.sharding import describe as describe_plan
@@ -30,23 +27,13 @@ def inspect(path: Path, form: Literal["text", "json", "digest", "verify"]) -> st
     """
     quiet_libraries()
     log_to_terminal()
-    path, manifest = _find(path, verified=form in ("digest", "verify"))
+    path, manifest = checkpoint.find(path, verified=form in ("digest", "verify"))
     if form == "digest":
         return "\n".join(f"{name} {digest}" for name, digest in digests(path, manifest))
     if form == "verify":
         size = sum(entry["bytes"] for entry in manifest.files.values())
         return f"{path}: {len(manifest.files)} files, {size:,} bytes, every checksum is right"
     return json.dumps(_plain(path, manifest)) if form == "json" else _text(path, manifest)
-
-
-def _find(path: Path, *, verified: bool) -> tuple[Path, Manifest]:
-    folder = path / "checkpoints"
-    if not os.path.isdir(folder):
-        return path, checkpoint.whole(path) if verified else manifests.read(path)
-    found = checkpoint.newest_good(folder)
-    if found is None:
-        raise CheckpointError(f"{path} has no whole checkpoint; train it first")
-    return found
 
 
 def shapes(manifest: Manifest) -> Iterator[tuple[str, torch.Size]]:

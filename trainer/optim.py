@@ -74,7 +74,7 @@ def check_sparse(table: PhysicalTable, device: torch.device, *, data_parallel: b
             f"table {name!r}: optimizer.kind 'adam' does not exist in FBGEMM's CPU kernels; "
             "use 'adagrad', or sharding = ['data_parallel'], which trains with torch.optim.Adam"
         )
-    if optimizer.weight_decay and optimizer.kind in ("sgd", "adagrad"):
+    if optimizer.weight_decay and optimizer.kind != "rowwise_adagrad":  # Adam's is decoupled: another formula
         raise ConfigError(
             f"table {name!r}: optimizer.weight_decay is {optimizer.weight_decay}, but FBGEMM's {optimizer.kind} "
             "kernel has no L2; use 'rowwise_adagrad', or sharding = ['data_parallel']"
@@ -92,7 +92,11 @@ def fuse_in_backward(
     for table in physical:
         if table.name not in apart:
             weight = collection.embedding_bags[table.name].weight
-            apply_optimizer_in_backward(_FUSED[table.first.optimizer.kind], [weight], _fused_arguments(table))
+            arguments = _fused_arguments(table)
+            apply_optimizer_in_backward(_FUSED[table.first.optimizer.kind], [weight], arguments)
+            # TorchRec puts tables of equal arguments into one kernel, which has one learning rate. This key, which it
+            # does not hand on to FBGEMM, keeps apart tables whose rates move in different ways.
+            arguments["_batch_key"] = table.first.optimizer.schedule
 
 
 _FUSED: dict[str, type[torch.optim.Optimizer]] = {
@@ -112,6 +116,7 @@ def _fused_arguments(table: PhysicalTable) -> dict[str, Any]:
         arguments["betas"] = optimizer.betas
     if optimizer.weight_decay:
         arguments["weight_decay"] = optimizer.weight_decay
+    if optimizer.weight_decay and optimizer.kind == "rowwise_adagrad":
         arguments["weight_decay_mode"] = WeightDecayMode.L2
     return arguments
 

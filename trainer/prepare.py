@@ -204,11 +204,13 @@ def _open(file: Path, bar: "tqdm[Any]") -> Iterator[tuple[pa.NativeFile, Callabl
                 bar.update(place - told)
                 told = place
 
-            yield (pa.CompressedInputStream(raw, "gzip") if file.suffix == ".gz" else raw), tell
+            gzipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            yield (pa.CompressedInputStream(raw, "gzip") if gzipped else raw), tell
             bar.update(file.stat().st_size - told)
     except (OSError, EOFError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
-        raise DataError(f"cannot read {file}: {reason}; check that the file is whole, and named .gz if gzip") from error
+        raise DataError(f"cannot read {file}: {reason}; check that the file is whole") from error
 
 
 def _count_rows(file: Path, form: Format, bar: "tqdm[Any]") -> int:

@@ -76,8 +76,10 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     """Open the data sets and resolve what the run description leaves to them. Collective.
 
     Raises:
+        ConfigError: the ranks have different run descriptions.
         DataError: files or columns are missing or wrong, the ranks cannot share the streams or see different files.
     """
+    _check_same_config(config, world)
     with world.together():
         streams_of(world.rank, world.size, config.data.streams)
         train = open_dataset(config.data.train, "data.train")
@@ -88,22 +90,29 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
         data = resolve_transforms(train, columns, config.data)
         tables = tuple(dataclasses.replace(table, features=features_of(table, columns)) for table in config.tables)
         inputs = Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
-    _check_same_on_all_ranks(inputs, world)
+    check_same_files([train, *others], world)
     return inputs
 
 
-def _check_same_on_all_ranks(inputs: Inputs, world: World) -> None:
-    """Ranks that read different files or settings would wait for each other for ever. Collective."""
-    datasets = [dataset for dataset in (inputs.train, inputs.validation, inputs.test) if dataset is not None]
-    views = world.gather((to_plain(inputs.config), [dataset.to_plain() for dataset in datasets]))
-    chief_config, chief_data = views[0]
-    for rank, (config, data) in enumerate(views):
-        for key in config:
-            if config[key] != chief_config.get(key):
-                raise ConfigError(f"{key} is not the same on ranks 0 and {rank}; start all with the same description")
-        for dataset, seen, expected in zip(datasets, data, chief_data, strict=True):
+def check_same_files(datasets: Sequence[Dataset], world: World) -> None:
+    """Refuse ranks that see different files: they would wait for each other for ever. Collective.
+
+    Raises:
+        DataError: which files; on every rank.
+    """
+    views = world.gather([dataset.to_plain() for dataset in datasets])
+    for rank, view in enumerate(views):
+        for dataset, seen, expected in zip(datasets, view, views[0], strict=True):
             if seen != expected:
                 raise DataError(f"{dataset.what}: ranks 0 and {rank} see different files; give every host the same")
+
+
+def _check_same_config(config: RunConfig, world: World) -> None:
+    views = world.gather(to_plain(config))
+    for rank, view in enumerate(views):
+        different = next((key for key in view if view[key] != views[0].get(key)), None)
+        if different is not None:
+            raise ConfigError(f"{different} is not the same on ranks 0 and {rank}; give every rank the same command")
 
 
 def start(inputs: Inputs, world: World) -> Run:

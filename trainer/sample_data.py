@@ -193,7 +193,7 @@ def _write_part(model: ClickModel, part: _Part, rows: int, staging: Path, advanc
 
 def _report(files: Sequence[Path]) -> SplitReport:
     clicks, probabilities = _columns(files, "click", "probability")
-    conversions = np.concatenate([pq.read_table(file, columns=["conversion"])["conversion"] for file in files])
+    conversions, _ = _columns(files, "conversion", "conversion_probability")
     try:
         best_auc = auc(clicks, probabilities)
     except MetricError:
@@ -214,11 +214,12 @@ def _columns(
     labels, probabilities = [np.zeros(0, np.int8)], [np.zeros(0)]
     for file in files:
         try:
-            table = pq.read_table(file, columns=[label, probability], partitioning=None)
+            parquet = pq.ParquetFile(file)
+            missing = [name for name in (label, probability) if name not in parquet.schema_arrow.names]
+            table = parquet.read([label, probability])
         except (OSError, pa.ArrowInvalid) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"cannot read {file}: {reason}; write the sample data again") from error
-        missing = [name for name in (label, probability) if name not in table.column_names]
         if missing:
             raise DataError(
                 f"{file} has no column {missing[0]!r}; the best possible scores are known "
