@@ -41,7 +41,7 @@ train: install $(SAMPLE)/sample.json ## train DeepFM on made data on two ranks (
 	  --config $(CONFIG) -j 1x$(RANKS) -- $(foreach override,$(SET),'--set=$(override)')
 
 $(SAMPLE)/sample.json: | $(STAMP)
-	"$(VENV)/bin/python" -m trainer sample-data $(SAMPLE) --rows 400000 --seed 1
+	"$(VENV)/bin/python" -m trainer sample-data $(SAMPLE) --rows 1000000 --seed 1
 
 lint: install ## check style, format and types
 	$(RUN) ruff check

@@ -30,6 +30,12 @@ def set_value(path: Path, name: str, row: int, value: object) -> None:
     set_column(path, name, pa.array(items, values.type))
 
 
+def cast(directory: Path, column: str, kind: pa.DataType) -> None:
+    """Give a column another type, in the files of all splits."""
+    for path in directory.glob("*/*.parquet"):
+        set_column(path, column, pq.read_table(path, columns=[column]).column(0).cast(kind))
+
+
 def flip(path: Path, offset: int, bit: int = 0) -> None:
     """Flip one bit of a file; negative offsets count from the end."""
     content = bytearray(path.read_bytes())

@@ -296,11 +296,6 @@ MOMENTS_OF: dict[str, tuple[str, ...]] = {
     "rowwise_adagrad": ("sum",),
     "adam": ("exp_avg", "exp_avg_sq"),
 }
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-}
 
 
 def first_moments(table: TableConfig, weight: Array) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from trainer.errors import CheckpointError
 from trainer.manifest import Block, Manifest
 from trainer.sharding import Shard
 from trainer.state import TrainState, parts_in
-from trainer.storage import SHARDS, Reader, write_tensors
+from trainer.storage import SHARDS, TO_DO_AFTER, Reader, write_tensors
 from trainer.vocabulary import IdSpace
 from trainer.world import World
 
@@ -112,7 +112,7 @@ def _commit(path: Path, manifest: Manifest) -> None:
         manifests.write(path, manifest)
         manifests.sync_directory(path.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; the last good one is kept") from error
+        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; {TO_DO_AFTER}") from error
 
 
 def _own_tensors(state: TrainState) -> tuple[dict[str, Tensor], list[Block]]:

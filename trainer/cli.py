@@ -27,7 +27,7 @@ _EPILOG = """
 exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from
 
 start with:
-  python -m trainer sample-data data/sample --rows 400000
+  python -m trainer sample-data data/sample --rows 1000000
   python -m trainer train launch/runs/deepfm.toml
   torchrun --nproc-per-node 2 -m trainer train launch/runs/deepfm.toml --set output=runs/two
 """
@@ -117,7 +117,7 @@ def _form(name: str) -> dict[str, Any]:
 def _add_sample_data(commands: Commands) -> None:
     sample = _command(commands, "sample-data", "write a click log from a known model as Parquet files", _sample_data)
     sample.add_argument("directory", type=Path, metavar="DIR", help="gets train/, validation/ and test/")
-    sample.add_argument("--rows", type=int, default=400_000, help="rows in all files together (default %(default)s)")
+    sample.add_argument("--rows", type=int, default=1_000_000, help="rows in all files together (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="decides every value (default %(default)s)")
     sample.add_argument("--overwrite", action="store_true", help="replace the files that are there")
 

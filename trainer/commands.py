@@ -126,7 +126,7 @@ def _finish(run: Run) -> None:
     with run.state.world.together():
         if not metrics or not run.state.world.is_chief:
             return
-        sys.stdout.write(f"\n{final_table(metrics)}\n")
+        sys.stderr.write(f"\n{final_table(metrics)}\n")
         try:
             write_atomically(path, json.dumps(metrics, indent=1))
         except OSError as error:

@@ -59,7 +59,7 @@ def _table_digest(reader: Reader, manifest: Manifest, table: str, state: str) ->
         # A value per row is the same in every column shard of that row: it counts once, with the first column.
         if is_per_row and block.begin > 0:
             continue
-        cells = values.reshape(len(ids), -1)
+        cells = values[:, None] if is_per_row else values
         for number, salt in enumerate(_SALTS):
             sums[number] += rows_digest(ids, cells, block.begin, salt)
     return "".join(f"{total % 2**64:016x}" for total in sums)

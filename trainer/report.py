@@ -7,13 +7,18 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from tabulate import tabulate
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from trainer.errors import OutputError
@@ -35,13 +40,13 @@ class Report:
         """
         self._path = output / METRICS if speaks else None
         self._bar: tqdm | None = None
-        self._events: SummaryWriter | None = None
+        self._events: _Events | None = None
         if not speaks:
             return
         try:
             _cut_off(output / METRICS, resumed_at)
             if tensorboard:
-                self._events = SummaryWriter(str(output / "tensorboard"), purge_step=resumed_at + 1)
+                self._events = _Events(output / "tensorboard", resumed_at + 1)
         except OSError as error:
             raise _not_written(output, error) from error
         self._bar = progress_bar("training", rows[1], initial=rows[0])
@@ -81,10 +86,39 @@ class Report:
                 file.flush()
                 os.fsync(file.fileno())
             if self._events is not None:
-                for name, value in values.items():
-                    self._events.add_scalar(name, value, step)
+                self._events.add(step, values)
         except OSError as error:
             raise _not_written(self._path, error) from error
+
+
+class _Events:
+    """A TensorBoard event file, written by the calling thread: torch's writer has one of its own, which a full disk
+    ends with a traceback and which ``close`` then waits for.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """What earlier files say about ``first_step`` and later ones no longer counts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(step=first_step, file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one number per name."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        """Close the file; what is in it was flushed before."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._file.flush()
 
 
 def _not_written(path: Path, error: OSError) -> OutputError:
@@ -126,28 +160,36 @@ def progress_bar(what: str, rows: int, *, initial: int = 0) -> tqdm:
     )
 
 
+_SHOWN = {
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "logloss_nats": "log loss (nats)",
+    "normalized_entropy": "NE",
+    "calibration_ratio": "calibration",
+}
+"""Metrics that a line of text shows, and their names there."""
+
+
 def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """What a reader wants of a segment, on one line."""
-    shown = [f"step {step}/{total_steps}", f"{values['rows_per_second']:,.0f} rows/s"]
-    shown += [
-        f"{name.replace('_nats', '').replace('_', ' ')} {value:.5f}"
-        for name, value in values.items()
-        if name.endswith(("logloss_nats", "_auc", "normalized_entropy", "calibration_ratio"))
-    ]
-    return "  ".join(shown)
+    """What a reader wants of a segment: a line about training, and one about validation if it was scored."""
+    lines = [f"step {step}/{total_steps}  {values['rows_per_second']:,.0f} rows/s"]
+    for prefix in ("train", "validation"):
+        shown = [
+            f"{label} {values[f'{prefix}_{name}']:.4f}"
+            for name, label in _SHOWN.items()
+            if f"{prefix}_{name}" in values
+        ]
+        if shown and prefix == "train":
+            lines[0] += "  " + "  ".join(shown)
+        elif shown:
+            lines.append(f"  {prefix}  " + "  ".join(shown))
+    return "\n".join(lines)
 
 
 def final_table(metrics: Mapping[str, float], prefix: str = "test") -> str:
     """Metrics of the last scoring beside the best that the data allow, where that is known."""
     rows = []
-    for name, label in (
-        ("auc", "AUC"),
-        ("gauc", "GAUC"),
-        ("logloss_nats", "log loss (nats)"),
-        ("normalized_entropy", "normalized entropy"),
-        ("calibration_ratio", "calibration"),
-        ("rows", "rows"),
-    ):
+    for name, label in [*_SHOWN.items(), ("rows", "rows")]:
         if f"{prefix}_{name}" in metrics:
             value, best = metrics[f"{prefix}_{name}"], metrics.get(f"{prefix}_possible_{name}")
             written = f"{value:,.0f}" if name == "rows" else f"{value:.5f}"

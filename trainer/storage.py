@@ -13,6 +13,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainer.errors import CheckpointError
 
+TO_DO_AFTER = "those before it are whole; make room and start the command again"
+"""What follows when a checkpoint cannot be written."""
+
 SHARDS = "shards"
 """Folder of a checkpoint that holds its tensors."""
 
@@ -29,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(path / SHARDS, sync_files=True))
     except CheckpointException as error:
-        raise CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; the last good one is kept") from error
+        raise CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; {TO_DO_AFTER}") from error
 
 
 def _reason(error: CheckpointException) -> str:

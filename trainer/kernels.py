@@ -1,0 +1,345 @@
+"""Compiled loops over plain arrays: the id index, deduplication and the count sketch; owns no memory and no policy.
+
+The index is a hash table with open addressing and linear probing (Knuth, TAOCP vol. 3, section 6.4, algorithm L). A
+bucket is one uint64: its upper half is the id's print, the upper half of ``mix64(id)``; its lower half is slot + 1; 0
+is an empty bucket. The ids themselves are kept once, by slot, so that no id is special. The home of an id is given by
+the leading bits of its print: growing needs no ids and goes through memory in order, and the ids of one owner (the
+trailing bits of the same mix) spread evenly.
+
+While the index grows there are two tables: ``elder``, and ``young``, which is twice as big. Clusters move over in the
+order of their homes, from ``state[ORIGIN]`` on: an id whose home has been passed is in ``young``, others in ``elder``.
+
+All compiled functions are in this one file, because numba's cache on disk does not notice changes in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Function = TypeVar("Function", bound=Callable[..., object])
+Integers = NDArray[np.int64]
+Slots = NDArray[np.int32]
+Buckets = NDArray[np.uint64]
+Flags = NDArray[np.bool_]
+
+IN_USE, HIGH_WATER, LOWEST, ORIGIN, MOVED = range(5)
+"""Places in the state of an index, int64 [5]: slots in use; one past the highest slot ever used; a slot that no free
+one is below; the first home of ``elder`` that moves; how many homes have moved."""
+
+_BLOCK = 512  # ids whose cache misses overlap; what is kept of them stays in the first-level cache
+_MOVES_PER_ID = 16  # buckets of elder that move for each new id: elder is empty long before young is full
+
+_MIX_1, _MIX_2, _MIX_3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_0, _1, _27, _30, _31, _32 = (np.uint64(number) for number in (0, 1, 27, 30, 31, 32))
+_LOWER = np.uint64(0xFFFFFFFF)
+
+
+def compiled(function: Function) -> Function:
+    """The function as machine code, made at its first call, that runs without the interpreter's lock.
+
+    It is kept on disk for later processes; where no folder can be written, each process compiles for itself.
+    """
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@compiled
+def mix64(x: int) -> np.uint64:
+    """The scalar twin of ``trainer.order.mix64``; takes any 64-bit integer."""
+    mixed = np.uint64(x) + _MIX_1
+    mixed = (mixed ^ (mixed >> _30)) * _MIX_2
+    mixed = (mixed ^ (mixed >> _27)) * _MIX_3
+    return mixed ^ (mixed >> _31)
+
+
+@compiled
+def _shift_of(num_buckets: int) -> np.uint64:
+    """How far right a print is shifted to its home among a power of two of buckets."""
+    shift = _32
+    while num_buckets > 1:
+        num_buckets >>= 1
+        shift -= _1
+    return shift
+
+
+@compiled
+def _slot_in(table: Buckets, shift: np.uint64, ids: Integers, wanted: int, print_: np.uint64) -> int:
+    """The slot of one id, or -1."""
+    mask = np.uint64(table.size - 1)
+    place = print_ >> shift
+    bucket = table[place]
+    while bucket != _0:
+        if bucket >> _32 == print_:
+            slot = np.int64(bucket & _LOWER) - 1
+            if ids[slot] == wanted:
+                return slot
+        place = (place + _1) & mask
+        bucket = table[place]
+    return -1
+
+
+@compiled
+def _put(table: Buckets, shift: np.uint64, bucket: np.uint64) -> None:
+    """Fills the first empty bucket from the home on."""
+    mask = np.uint64(table.size - 1)
+    place = (bucket >> _32) >> shift
+    while table[place] != _0:
+        place = (place + _1) & mask
+    table[place] = bucket
+
+
+@compiled
+def _homes_passed(elder: Buckets, state: Integers, home: np.uint64) -> bool:
+    """Whether ids with this home in ``elder`` have moved to ``young``."""
+    return (home - np.uint64(state[ORIGIN])) & np.uint64(elder.size - 1) < np.uint64(state[MOVED])
+
+
+@compiled
+def _slot_of(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: int) -> int:
+    """The slot of one id, or -1, in the table where it is or would be."""
+    print_ = mix64(wanted) >> _32
+    if elder.size:
+        shift = _shift_of(elder.size)
+        if not _homes_passed(elder, state, print_ >> shift):
+            return _slot_in(elder, shift, ids, wanted, print_)
+    return _slot_in(young, _shift_of(young.size), ids, wanted, print_)
+
+
+@compiled
+def _find_block(
+    young: Buckets,
+    ids: Integers,
+    wanted: Integers,
+    begin: int,
+    end: int,
+    prints: Buckets,
+    buckets: Buckets,
+    slots: Slots,
+) -> None:
+    """Slots, or -1, of ids ``begin`` to ``end`` - 1 when there is no ``elder``; one kind of cache miss per pass."""
+    mask = np.uint64(young.size - 1)
+    shift = _shift_of(young.size)
+    for i in range(end - begin):
+        prints[i] = mix64(wanted[begin + i]) >> _32
+    for i in range(end - begin):
+        buckets[i] = young[prints[i] >> shift]
+    for i in range(end - begin):
+        place = prints[i] >> shift
+        bucket = buckets[i]
+        while bucket != _0 and bucket >> _32 != prints[i]:
+            place = (place + _1) & mask
+            bucket = young[place]
+        buckets[i] = bucket
+    for i in range(end - begin):
+        slot = np.int64(buckets[i] & _LOWER) - 1
+        if slot >= 0 and ids[slot] != wanted[begin + i]:  # another id with the same print comes first
+            slot = _slot_in(young, shift, ids, wanted[begin + i], prints[i])
+        slots[begin + i] = slot
+
+
+@compiled
+def find(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: Integers, slots: Slots) -> None:
+    """Writes the slot of each wanted id, or -1 where it has none, to ``slots``."""
+    if elder.size:
+        for i in range(wanted.size):
+            slots[i] = _slot_of(young, elder, state, ids, wanted[i])
+        return
+    prints, buckets = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    for begin in range(0, wanted.size, _BLOCK):
+        end = min(begin + _BLOCK, wanted.size)
+        _find_block(young, ids, wanted, begin, end, prints, buckets, slots)
+
+
+@compiled
+def _lowest_free(used: Flags, state: Integers) -> int:
+    """The lowest slot that is not in use; ``used.size`` if all are."""
+    slot = state[LOWEST]
+    while slot < used.size and used[slot]:
+        slot += 1
+    state[LOWEST] = slot
+    return slot
+
+
+@compiled
+def _move(young: Buckets, elder: Buckets, state: Integers, num_buckets: int) -> None:
+    """Moves at least ``num_buckets`` more of ``elder`` to ``young``, and on to the end of a cluster."""
+    mask = np.uint64(elder.size - 1)
+    shift = _shift_of(young.size)
+    origin = np.uint64(state[ORIGIN])
+    moved = state[MOVED]
+    target = min(moved + num_buckets, elder.size)
+    while True:
+        place = (origin + np.uint64(moved)) & mask
+        bucket = elder[place]
+        if bucket != _0:
+            _put(young, shift, bucket)
+            elder[place] = _0  # a cluster that wraps around may come back to this place
+        elif moved >= target:
+            break
+        moved += 1
+    state[MOVED] = moved
+
+
+@compiled
+def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: int) -> None:
+    """Moves at least ``num_buckets`` more of ``elder`` to ``young``; ``state[MOVED] >= elder.size`` when it is empty."""
+    _move(young, elder, state, num_buckets)
+
+
+@compiled
+def assign(
+    young: Buckets,
+    elder: Buckets,
+    state: Integers,
+    ids: Integers,
+    used: Flags,
+    wanted: Integers,
+    begin: int,
+    max_in_use: int,
+    max_slots: int,
+    slots: Slots,
+    new: Integers,
+    num_new: int,
+) -> tuple[int, int]:
+    """Writes the slots of the ids of ``wanted`` from ``begin`` on; an unknown id gets the lowest free slot.
+
+    Returns where it stopped and how many ids are new so far; their positions are in ``new``. It stops before an id
+    whose slot would not be below ``max_slots`` or would be one more than ``max_in_use`` in use.
+    """
+    prints, buckets = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
+    shift = _shift_of(young.size)
+    for first in range(begin, wanted.size, _BLOCK):
+        end = min(first + _BLOCK, wanted.size)
+        num_before = num_new
+        if elder.size:
+            slots[first:end] = -1
+        else:
+            _find_block(young, ids, wanted, first, end, prints, buckets, slots)
+        for i in range(first, end):
+            if slots[i] >= 0:
+                continue
+            slot = _slot_of(young, elder, state, ids, wanted[i])
+            if slot < 0:
+                slot = _lowest_free(used, state)
+                if slot >= max_slots or state[IN_USE] >= max_in_use:
+                    return i, num_new
+                _occupy(young, elder, state, wanted[i], slot)
+                ids[slot] = wanted[i]
+                used[slot] = True
+                new[num_new] = i
+                num_new += 1
+            slots[i] = slot
+        if elder.size:
+            _move(young, elder, state, _MOVES_PER_ID * (num_new - num_before))
+    return wanted.size, num_new
+
+
+@compiled
+def _occupy(young: Buckets, elder: Buckets, state: Integers, id_: int, slot: int) -> None:
+    """Enters an id that is not in the index."""
+    print_ = mix64(id_) >> _32
+    bucket = (print_ << _32) | np.uint64(slot + 1)
+    state[IN_USE] += 1
+    state[HIGH_WATER] = max(state[HIGH_WATER], slot + 1)
+    if elder.size:
+        shift = _shift_of(elder.size)
+        if not _homes_passed(elder, state, print_ >> shift):
+            _put(elder, shift, bucket)
+            return
+    _put(young, _shift_of(young.size), bucket)
+
+
+@compiled
+def enter(table: Buckets, ids: Integers, used: Flags) -> int:
+    """Enters every used slot of ``ids`` into an empty table; returns a slot whose id an earlier one has, or -1."""
+    shift = _shift_of(table.size)
+    for slot in range(used.size):
+        if used[slot]:
+            print_ = mix64(ids[slot]) >> _32
+            if _slot_in(table, shift, ids, ids[slot], print_) >= 0:
+                return slot
+            _put(table, shift, (print_ << _32) | np.uint64(slot + 1))
+    return -1
+
+
+@compiled
+def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: Slots) -> None:
+    """Takes the ids of used ``slots`` out of the index, when there is no ``elder``; a slot may come twice.
+
+    The rest of a cluster closes up (Knuth, section 6.4, algorithm R), so that removing leaves no trace.
+    """
+    mask = np.uint64(table.size - 1)
+    shift = _shift_of(table.size)
+    for slot in slots:
+        if not used[slot]:
+            continue
+        hole = (mix64(ids[slot]) >> _32) >> shift
+        while table[hole] & _LOWER != np.uint64(slot + 1):
+            hole = (hole + _1) & mask
+        place = (hole + _1) & mask
+        while table[place] != _0:
+            home = (table[place] >> _32) >> shift
+            if (place - home) & mask >= (place - hole) & mask:
+                table[hole] = table[place]
+                hole = place
+            place = (place + _1) & mask
+        table[hole] = _0
+        ids[slot] = 0
+        used[slot] = False
+        state[IN_USE] -= 1
+        state[LOWEST] = min(state[LOWEST], slot)
+
+
+@compiled
+def probes(table: Buckets, num_buckets: int) -> tuple[int, int, int]:
+    """Ids in the first ``num_buckets`` of a table; buckets that finding each looks at, added up; the most for one."""
+    mask = np.uint64(table.size - 1)
+    shift = _shift_of(table.size)
+    num_ids, total, longest = 0, 0, 0
+    for place in range(num_buckets):
+        if table[place] != _0:
+            home = (table[place] >> _32) >> shift
+            length = np.int64((np.uint64(place) - home) & mask) + 1
+            num_ids += 1
+            total += length
+            longest = max(longest, length)
+    return num_ids, total, longest
+
+
+@compiled
+def deduplicate(ids: Integers, table: Buckets, distinct: Integers, inverse: Slots, counts: Slots) -> int:
+    """Distinct ids in order of first appearance, each id's place among them, how often each comes; returns their number.
+
+    ``table`` is all zeros. Returns -1 where more than half of its buckets would be filled.
+    """
+    mask = np.uint64(table.size - 1)
+    shift = _shift_of(table.size)
+    num_distinct = 0
+    for i in range(ids.size):
+        print_ = mix64(ids[i]) >> _32
+        place = print_ >> shift
+        while True:
+            bucket = table[place]
+            if bucket == _0:
+                if 2 * num_distinct >= table.size:
+                    return -1
+                table[place] = (print_ << _32) | np.uint64(num_distinct + 1)
+                distinct[num_distinct] = ids[i]
+                inverse[i] = num_distinct
+                counts[num_distinct] = 1
+                num_distinct += 1
+                break
+            number = np.int64(bucket & _LOWER) - 1
+            if bucket >> _32 == print_ and distinct[number] == ids[i]:
+                inverse[i] = number
+                counts[number] += 1
+                break
+            place = (place + _1) & mask
+    return num_distinct
