@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import call, digests
+from tests.resources import largest_file, small_disk
 from tests.small_data import run_toml, write_click_log
 from trainer import loop
 
 ROOT = Path(__file__).parent.parent
-LONG = ("--set", "data.epochs=30")
-"""Long enough for a signal to come in the middle: 300 steps, of which the first five are over when it is sent."""
+LONG = ("--set", "data.epochs=10")
+"""Long enough for a signal to come in the middle: 100 steps, of which the first five are over when it is sent."""
 
 
 @pytest.fixture(scope="module")
@@ -49,36 +48,19 @@ def checkpoints(output: Path) -> list[Path]:
 # Full disks
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: a full disk for those who may not mount one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, kib: int) -> Iterator[None]:
-    """A disk of ``kib`` KiB at ``folder``, or where none can be mounted a limit to the size of files."""
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", f"size={kib}k", "shardrec-test", str(folder)]
-    mount, umount = shutil.which("mount"), shutil.which("umount")
-    mounted = mount and umount and subprocess.run([mount, *options], check=False, capture_output=True).returncode == 0
-    if not mounted:
-        with largest_file(min(kib, 300) * 340):
-            yield
-        return
-    try:
-        yield
-    finally:
-        subprocess.run([str(umount), str(folder)], check=True)
-
-
-@pytest.mark.parametrize("tensorboard", ["false", "true"])
-@pytest.mark.parametrize("kib", [4, 8, 12, 100, 216, 300, 340, 500])
+@pytest.mark.parametrize(
+    ("kib", "tensorboard"),
+    [
+        (4, "false"),
+        (8, "false"),
+        (8, "true"),
+        (12, "true"),
+        (100, "false"),
+        (216, "true"),
+        (300, "false"),
+        (500, "true"),
+    ],
+)
 def test_a_full_disk_is_one_line_and_what_was_saved_stays_good(
     click_log: Path, tmp_path: Path, kib: int, tensorboard: str
 ) -> None:
@@ -86,7 +68,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays_good(
     with small_disk(tmp_path / "disk", kib):
         argv = ("--set", f"output={output}", "--set", f"report.tensorboard={tensorboard}")
         call("train", click_log / "run.toml", *argv).complains_of(
-            "cannot (be written|write) .*(No space|full disk|large)"
+            "cannot (be written|write).*: .*(No space|full disk|large)"
         )
         for path in checkpoints(output):
             assert digests(path), "what could not be saved whole was left there"
@@ -100,7 +82,7 @@ def test_a_run_goes_on_exactly_when_there_is_room_again(
     assert call(*argv, "--set", "max_steps=10").code == 0
     before = digests(tmp_path / "run")
     with largest_file(size):
-        call(*argv).complains_of("cannot (be written|write) .*(File too large|full disk)")
+        call(*argv).complains_of("cannot (be written|write).*: .*(File too large|full disk)")
     assert digests(tmp_path / "run") == before
     assert call(*argv).code == 0
     assert digests(tmp_path / "run") == expected
@@ -124,7 +106,7 @@ def _folder(path: Path) -> None:
         ("run", "run", _file, "output .*/run cannot be made: File exists; name another folder"),
         ("file/run", "file", _file, "output .*/file/run cannot be made: Not a directory; name another folder"),
         ("x" * 300, "", None, "output .*xxx cannot be made: File name too long; name another folder"),
-        ("run", "run/checkpoints", _file, "cannot write checkpoint .*; make room and start the command again"),
+        ("run", "run/checkpoints", _file, "cannot write checkpoint .*: Not a directory; free or change the folder"),
         ("run", "run/run.json", _folder, "output .*/run cannot be written: Is a directory"),
         ("run", "run/metrics.jsonl", _folder, "metrics.jsonl cannot be written: Is a directory"),
         ("run", "run/result.json", _folder, "result.json cannot be written: Is a directory"),

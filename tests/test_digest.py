@@ -48,7 +48,7 @@ def content(rows: int = 12, columns: int = 6, *, per_row: bool = False) -> Conte
 def write(path: Path, table: Content, rows: Sequence[Sequence[int]], columns: Sequence[int]) -> dict[str, str]:
     """Write a checkpoint whose blocks are ``rows`` (places) by the spans between ``columns``; its digests."""
     tensors: dict[str, Tensor] = {"dense/bias": torch.tensor([1.5]), "dense_moments/bias/exp_avg": torch.tensor([2.5])}
-    blocks = []
+    blocks: list[Block] = []
     for places in rows:
         for begin, end in pairwise(columns):
             name = f"tables/{TABLE}/{len(blocks)}"

@@ -63,11 +63,10 @@ def test_batches_come_in_order_and_end(depth: int) -> None:
 
 
 def test_an_error_comes_after_the_batches_before_it() -> None:
-    seen = []
-    with pytest.raises(DataError, match="row 7"), feed(failing(range(3), DataError("bad row 7"))) as batches:
-        for batch in batches:
-            seen.append(batch)
-    assert seen == [0, 1, 2]
+    with feed(failing(range(3), DataError("bad row 7"))) as batches:
+        assert [next(batches) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(DataError, match="bad row 7"):
+            next(batches)
     assert threads() == []
 
 
@@ -92,8 +91,7 @@ def test_leaving_early_ends_the_thread(taken: int) -> None:
 
 
 def test_a_mistake_found_outside_leaves_the_feed_too() -> None:
-    with pytest.raises(DataError, match="outside"), feed(iter(int, 1)) as batches:
-        next(batches)
+    with pytest.raises(DataError, match="outside"), feed(iter(int, 1)):
         raise DataError("found outside")
     assert threads() == []
 
@@ -106,8 +104,7 @@ def test_a_bug_outside_is_raised_at_once_even_if_the_source_never_answers() -> N
         never.wait()
 
     started = time.monotonic()
-    with pytest.raises(ZeroDivisionError), feed(source()) as batches:
-        next(batches)
+    with pytest.raises(ZeroDivisionError), feed(source()):
         _ = 1 / 0
     assert time.monotonic() - started < 5
     never.set()

@@ -39,7 +39,9 @@ def test_bugs_are_not_held_back() -> None:
         _ = 1 / 0
 
 
-@pytest.mark.parametrize(("rank", "is_launched", "is_first"), [(None, False, True), ("0", True, True), ("3", True, False)])
+@pytest.mark.parametrize(
+    ("rank", "is_launched", "is_first"), [(None, False, True), ("0", True, True), ("3", True, False)]
+)
 def test_a_launcher_is_known_by_the_rank_that_it_gives(
     monkeypatch: pytest.MonkeyPatch, rank: str | None, is_launched: bool, is_first: bool
 ) -> None:
@@ -71,7 +73,7 @@ def test_a_world_is_left_when_its_block_fails(monkeypatch: pytest.MonkeyPatch) -
 
 
 def outcome(world: World, failures: dict[int, UserError]) -> tuple[str, str, bool]:
-    """What this rank sees after a block that fails on some ranks: the error's type and message, and whether it ran on."""
+    """What this rank sees of a block that fails on some ranks: the error's type and message, whether it ran on."""
     ran_on = False
     try:
         with world.together():
@@ -118,7 +120,10 @@ def test_no_failure_is_no_error_before_and_after_others(ranks: list[dict[str, An
 
 def test_an_error_of_one_rank_is_raised_on_both_with_its_type_and_message(ranks: list[dict[str, Any]]) -> None:
     assert [rank["first"] for rank in ranks] == [("DataError", "zero's", False), ("DataError", "zero's", True)]
-    assert [rank["second"] for rank in ranks] == [("CheckpointError", "one's", True), ("CheckpointError", "one's", False)]
+    assert [rank["second"] for rank in ranks] == [
+        ("CheckpointError", "one's", True),
+        ("CheckpointError", "one's", False),
+    ]
 
 
 def test_of_two_errors_all_ranks_raise_that_of_the_lowest(ranks: list[dict[str, Any]]) -> None:

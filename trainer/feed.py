@@ -56,7 +56,7 @@ class Feed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, UserError):
+        if error is not None and not isinstance(error, UserError) and self._group is not None:
             return  # a bug on this rank alone: the others may never answer, and the thread dies with the process
         self._prefetcher.close()
         if self._group is not None:

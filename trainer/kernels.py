@@ -15,17 +15,19 @@ All compiled functions are in this one file, because numba's cache on disk does 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 Function = TypeVar("Function", bound=Callable[..., object])
+Integer: TypeAlias = Any  # Python's int outside and a machine integer inside: one alias, for mypy cannot tell which
 Integers = NDArray[np.int64]
 Slots = NDArray[np.int32]
 Buckets = NDArray[np.uint64]
 Flags = NDArray[np.bool_]
+Counts = NDArray[np.uint32]
 
 IN_USE, HIGH_WATER, LOWEST, ORIGIN, MOVED = range(5)
 """Places in the state of an index, int64 [5]: slots in use; one past the highest slot ever used; a slot that no free
@@ -37,6 +39,7 @@ _MOVES_PER_ID = 16  # buckets of elder that move for each new id: elder is empty
 _MIX_1, _MIX_2, _MIX_3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _0, _1, _27, _30, _31, _32 = (np.uint64(number) for number in (0, 1, 27, 30, 31, 32))
 _LOWER = np.uint64(0xFFFFFFFF)
+_FULL = 0xFFFFFFFF  # the most that a cell of a sketch can count
 
 
 def compiled(function: Function) -> Function:
@@ -45,13 +48,14 @@ def compiled(function: Function) -> Function:
     It is kept on disk for later processes; where no folder can be written, each process compiles for itself.
     """
     try:
-        return njit(nogil=True, cache=True)(function)
+        machine_code: Any = njit(nogil=True, cache=True)(function)
     except RuntimeError:
-        return njit(nogil=True)(function)
+        machine_code = njit(nogil=True)(function)
+    return cast(Function, machine_code)
 
 
 @compiled
-def mix64(x: int) -> np.uint64:
+def mix64(x: Integer) -> np.uint64:
     """The scalar twin of ``trainer.order.mix64``; takes any 64-bit integer."""
     mixed = np.uint64(x) + _MIX_1
     mixed = (mixed ^ (mixed >> _30)) * _MIX_2
@@ -60,7 +64,7 @@ def mix64(x: int) -> np.uint64:
 
 
 @compiled
-def _shift_of(num_buckets: int) -> np.uint64:
+def _shift_of(num_buckets: Integer) -> np.uint64:
     """How far right a print is shifted to its home among a power of two of buckets."""
     shift = _32
     while num_buckets > 1:
@@ -70,7 +74,7 @@ def _shift_of(num_buckets: int) -> np.uint64:
 
 
 @compiled
-def _slot_in(table: Buckets, shift: np.uint64, ids: Integers, wanted: int, print_: np.uint64) -> int:
+def _slot_in(table: Buckets, shift: np.uint64, ids: Integers, wanted: Integer, print_: np.uint64) -> Integer:
     """The slot of one id, or -1."""
     mask = np.uint64(table.size - 1)
     place = print_ >> shift
@@ -96,13 +100,13 @@ def _put(table: Buckets, shift: np.uint64, bucket: np.uint64) -> None:
 
 
 @compiled
-def _homes_passed(elder: Buckets, state: Integers, home: np.uint64) -> bool:
+def _homes_passed(elder: Buckets, state: Integers, home: np.uint64) -> np.bool_:
     """Whether ids with this home in ``elder`` have moved to ``young``."""
     return (home - np.uint64(state[ORIGIN])) & np.uint64(elder.size - 1) < np.uint64(state[MOVED])
 
 
 @compiled
-def _slot_of(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: int) -> int:
+def _slot_of(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: Integer) -> Integer:
     """The slot of one id, or -1, in the table where it is or would be."""
     print_ = mix64(wanted) >> _32
     if elder.size:
@@ -117,8 +121,8 @@ def _find_block(
     young: Buckets,
     ids: Integers,
     wanted: Integers,
-    begin: int,
-    end: int,
+    begin: Integer,
+    end: Integer,
     prints: Buckets,
     buckets: Buckets,
     slots: Slots,
@@ -158,7 +162,7 @@ def find(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted:
 
 
 @compiled
-def _lowest_free(used: Flags, state: Integers) -> int:
+def _lowest_free(used: Flags, state: Integers) -> Integer:
     """The lowest slot that is not in use; ``used.size`` if all are."""
     slot = state[LOWEST]
     while slot < used.size and used[slot]:
@@ -168,8 +172,11 @@ def _lowest_free(used: Flags, state: Integers) -> int:
 
 
 @compiled
-def _move(young: Buckets, elder: Buckets, state: Integers, num_buckets: int) -> None:
-    """Moves at least ``num_buckets`` more of ``elder`` to ``young``, and on to the end of a cluster."""
+def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: Integer) -> None:
+    """Moves at least ``num_buckets`` more of ``elder`` to ``young``, and on to the end of a cluster.
+
+    ``elder`` is empty when ``state[MOVED] >= elder.size``.
+    """
     mask = np.uint64(elder.size - 1)
     shift = _shift_of(young.size)
     origin = np.uint64(state[ORIGIN])
@@ -188,12 +195,6 @@ def _move(young: Buckets, elder: Buckets, state: Integers, num_buckets: int) -> 
 
 
 @compiled
-def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: int) -> None:
-    """Moves at least ``num_buckets`` more of ``elder`` to ``young``; ``state[MOVED] >= elder.size`` when it is empty."""
-    _move(young, elder, state, num_buckets)
-
-
-@compiled
 def assign(
     young: Buckets,
     elder: Buckets,
@@ -201,20 +202,19 @@ def assign(
     ids: Integers,
     used: Flags,
     wanted: Integers,
-    begin: int,
-    max_in_use: int,
-    max_slots: int,
+    begin: Integer,
+    max_in_use: Integer,
+    max_slots: Integer,
     slots: Slots,
     new: Integers,
-    num_new: int,
-) -> tuple[int, int]:
+    num_new: Integer,
+) -> tuple[Integer, Integer]:
     """Writes the slots of the ids of ``wanted`` from ``begin`` on; an unknown id gets the lowest free slot.
 
     Returns where it stopped and how many ids are new so far; their positions are in ``new``. It stops before an id
     whose slot would not be below ``max_slots`` or would be one more than ``max_in_use`` in use.
     """
     prints, buckets = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    shift = _shift_of(young.size)
     for first in range(begin, wanted.size, _BLOCK):
         end = min(first + _BLOCK, wanted.size)
         num_before = num_new
@@ -237,12 +237,12 @@ def assign(
                 num_new += 1
             slots[i] = slot
         if elder.size:
-            _move(young, elder, state, _MOVES_PER_ID * (num_new - num_before))
+            move(young, elder, state, _MOVES_PER_ID * (num_new - num_before))
     return wanted.size, num_new
 
 
 @compiled
-def _occupy(young: Buckets, elder: Buckets, state: Integers, id_: int, slot: int) -> None:
+def _occupy(young: Buckets, elder: Buckets, state: Integers, id_: Integer, slot: Integer) -> None:
     """Enters an id that is not in the index."""
     print_ = mix64(id_) >> _32
     bucket = (print_ << _32) | np.uint64(slot + 1)
@@ -257,7 +257,7 @@ def _occupy(young: Buckets, elder: Buckets, state: Integers, id_: int, slot: int
 
 
 @compiled
-def enter(table: Buckets, ids: Integers, used: Flags) -> int:
+def enter(table: Buckets, ids: Integers, used: Flags) -> Integer:
     """Enters every used slot of ``ids`` into an empty table; returns a slot whose id an earlier one has, or -1."""
     shift = _shift_of(table.size)
     for slot in range(used.size):
@@ -298,15 +298,16 @@ def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: 
 
 
 @compiled
-def probes(table: Buckets, num_buckets: int) -> tuple[int, int, int]:
+def probes(table: Buckets, num_buckets: Integer) -> tuple[Integer, Integer, Integer]:
     """Ids in the first ``num_buckets`` of a table; buckets that finding each looks at, added up; the most for one."""
     mask = np.uint64(table.size - 1)
     shift = _shift_of(table.size)
-    num_ids, total, longest = 0, 0, 0
+    num_ids, total = 0, 0
+    longest: Integer = 0
     for place in range(num_buckets):
         if table[place] != _0:
             home = (table[place] >> _32) >> shift
-            length = np.int64((np.uint64(place) - home) & mask) + 1
+            length: Integer = np.int64((np.uint64(place) - home) & mask) + 1
             num_ids += 1
             total += length
             longest = max(longest, length)
@@ -314,32 +315,47 @@ def probes(table: Buckets, num_buckets: int) -> tuple[int, int, int]:
 
 
 @compiled
-def deduplicate(ids: Integers, table: Buckets, distinct: Integers, inverse: Slots, counts: Slots) -> int:
-    """Distinct ids in order of first appearance, each id's place among them, how often each comes; returns their number.
+def deduplicate(ids: Integers, table: Slots, distinct: Integers, inverse: Slots, counts: Slots) -> Integer:
+    """Writes the distinct ids in order of first appearance, each id's place among them, how often each comes.
 
-    ``table`` is all zeros. Returns -1 where more than half of its buckets would be filled.
+    Returns their number. ``table``: zeros, a power of two and at least twice as many as ids.
     """
     mask = np.uint64(table.size - 1)
-    shift = _shift_of(table.size)
+    shift = _shift_of(table.size) + _32
     num_distinct = 0
     for i in range(ids.size):
-        print_ = mix64(ids[i]) >> _32
-        place = print_ >> shift
-        while True:
-            bucket = table[place]
-            if bucket == _0:
-                if 2 * num_distinct >= table.size:
-                    return -1
-                table[place] = (print_ << _32) | np.uint64(num_distinct + 1)
-                distinct[num_distinct] = ids[i]
-                inverse[i] = num_distinct
-                counts[num_distinct] = 1
-                num_distinct += 1
-                break
-            number = np.int64(bucket & _LOWER) - 1
-            if bucket >> _32 == print_ and distinct[number] == ids[i]:
-                inverse[i] = number
-                counts[number] += 1
-                break
+        place = mix64(ids[i]) >> shift
+        while table[place] != 0 and distinct[table[place] - 1] != ids[i]:
             place = (place + _1) & mask
+        number = table[place] - 1
+        if number < 0:
+            number = num_distinct
+            num_distinct += 1
+            table[place] = num_distinct
+            distinct[number] = ids[i]
+            counts[number] = 0
+        counts[number] += 1
+        inverse[i] = number
     return num_distinct
+
+
+@compiled
+def add_to_sketch(sketch: Counts, ids: Integers, added: Integers, totals: Integers) -> None:
+    """Adds to the estimated count of each id, one after the other, and writes what it then is to ``totals``.
+
+    ``sketch``: uint32 [depth, width], a power of two wide; a cell that is full stays so. A row's cell for an id is
+    given by the leading bits of a + row * b (Kirsch and Mitzenmacher, "Less hashing, same performance", 2006).
+    """
+    depth, width = sketch.shape
+    shift = _shift_of(width) + _32
+    for i in range(ids.size):
+        first = mix64(ids[i])
+        stride = mix64(first) | _1
+        total: Integer = np.int64(sketch[0, first >> shift])
+        for row in range(1, depth):
+            total = min(total, np.int64(sketch[row, (first + np.uint64(row) * stride) >> shift]))
+        total = min(total + added[i], _FULL)
+        for row in range(depth):
+            place = (first + np.uint64(row) * stride) >> shift
+            sketch[row, place] = max(np.int64(sketch[row, place]), total)
+        totals[i] = total

@@ -43,6 +43,8 @@ def _reason(error: CheckpointException) -> str:
             reasons.add(failure.strerror or str(failure))
         elif isinstance(failure, RuntimeError) and _TORN in str(failure):
             reasons.add("a file could not be written whole, as on a full disk")
+        elif isinstance(failure, KeyboardInterrupt):
+            raise failure
         else:
             raise error
     return "; ".join(sorted(reasons))
