@@ -40,6 +40,13 @@ def expected(click_log: Path) -> str:
     return digests(click_log / "undisturbed")
 
 
+@pytest.fixture(scope="module")
+def expected_of_long(click_log: Path) -> str:
+    """Digests of the long run that no signal stops."""
+    assert call("train", click_log / "run.toml", *LONG, "--set", f"output={click_log}/unstopped").code == 0
+    return digests(click_log / "unstopped")
+
+
 def checkpoints(output: Path) -> list[Path]:
     """What lies in the folder of checkpoints, oldest first."""
     return sorted((output / "checkpoints").iterdir()) if (output / "checkpoints").is_dir() else []
@@ -170,18 +177,20 @@ def stopped_by(number: signal.Signals, description: Path, output: Path) -> tuple
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_run_that_a_signal_stopped_goes_on_exactly(
-    click_log: Path, tmp_path: Path, number: signal.Signals, code: int
+    click_log: Path, expected_of_long: str, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     found, errors = stopped_by(number, click_log / "run.toml", tmp_path / "run")
     assert found == code, errors
     assert "Traceback" not in errors
     assert digests(tmp_path / "run")
-    argv = ("train", click_log / "run.toml", *LONG)
-    resumed = call(*argv, "--set", f"output={tmp_path}/run")
+    resumed = call("train", click_log / "run.toml", *LONG, "--set", f"output={tmp_path}/run")
     assert resumed.code == 0
     assert "resumed at epoch" in resumed.errors
-    assert call(*argv, "--set", f"output={tmp_path}/other").code == 0
-    assert digests(tmp_path / "run") == digests(tmp_path / "other")
+    assert digests(tmp_path / "run") == expected_of_long
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps)), "a segment is told of once"
+    assert set(steps) >= set(range(5, 101, 5))
 
 
 def test_a_run_that_is_stopped_before_its_first_step_leaves_its_checkpoint_alone(

@@ -171,7 +171,10 @@ def test_a_file_that_changes_or_goes_while_the_run_reads_is_an_error(tmp_path: P
     write(path, 8)
     dataset = open_dataset([str(path)], "data.train")
     write(path, 7)
-    with RowGroupReader(dataset, ["f"]) as reader, pytest.raises(DataError, match=r"a.parquet has changed since it was opened"):
+    with (
+        RowGroupReader(dataset, ["f"]) as reader,
+        pytest.raises(DataError, match=r"a.parquet has changed since it was opened"),
+    ):
         reader.read(1)
     path.unlink()
     with (

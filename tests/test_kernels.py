@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import kernels, order
@@ -16,6 +16,7 @@ from trainer import kernels, order
 integers = st.integers(-(1 << 63), (1 << 63) - 1)
 
 
+@settings(deadline=None)
 @given(st.lists(integers, max_size=20))
 def test_the_scalar_mix_is_the_mix_of_whole_arrays(values: list[int]) -> None:
     ids = np.array([-(1 << 63), (1 << 63) - 1, -1, 0, *values], dtype=np.int64)

@@ -110,8 +110,8 @@ class CountSketch:
     """
 
     def __init__(self, width: int, depth: int = 4) -> None:
-        """``depth`` rows of at least ``width`` cells, a power of two; a cell has 4 bytes and counts to 2**32 - 1."""
-        self._cells = np.zeros((depth, 1 << max(0, width - 1).bit_length()), dtype=np.uint32)
+        """``depth`` rows of ``width`` cells, or the next power of two; a cell has 4 bytes and counts to 2**32 - 1."""
+        self._cells = np.zeros((depth, 1 << max(1, width - 1).bit_length()), dtype=np.uint32)
 
     @classmethod
     def from_array(cls, cells: NDArray[np.uint32]) -> CountSketch:
@@ -120,9 +120,10 @@ class CountSketch:
         Raises:
             CheckpointError: the array is not that of a sketch.
         """
-        if cells.dtype != np.uint32 or cells.ndim != 2 or cells.size == 0 or cells.shape[1] & (cells.shape[1] - 1):
+        width = cells.shape[1] if cells.ndim == 2 else 0
+        if cells.dtype != np.uint32 or width < 2 or width & (width - 1) or not len(cells):
             raise CheckpointError(
-                f"a count sketch is {cells.dtype} {list(cells.shape)}, not uint32 [depth, a power of two]; "
+                f"a count sketch is {cells.dtype} {list(cells.shape)}, not uint32 [depth, a power of two from 2 on]; "
                 "take another checkpoint"
             )
         restored = cls(1)
@@ -141,7 +142,8 @@ class CountSketch:
     def add(self, ids: Ids, counts: Counts) -> NDArray[np.int64]:
         """Adds to the counts of distinct int64 ids [n], each 0 or more; returns estimates of what they are then."""
         totals = np.empty(len(ids), dtype=np.int64)
-        kernels.add_to_sketch(self._cells, plain(ids), np.array(counts, dtype=np.int64), totals)
+        added = np.array(np.broadcast_to(counts, ids.shape), dtype=np.int64)
+        kernels.add_to_sketch(self._cells, plain(ids), added, totals)
         return totals
 
     def forget(self, ids: Ids) -> None:

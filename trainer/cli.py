@@ -24,7 +24,8 @@ DONE, MISTAKE, RESTART, INTERRUPTED = 0, 1, 75, 130
 """Exit codes: finished, a user's mistake, stopped in a state to restart from (EX_TEMPFAIL of sysexits.h), Ctrl-C."""
 
 _EPILOG = """
-exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from
+exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from,
+130 interrupted
 
 start with:
   python -m trainer sample-data data/sample --rows 1000000
@@ -138,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except UserError as error:
         code = _complain(error)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the checkpoints are whole, and the same command goes on from the newest\n")
+        if is_first_of_job():
+            sys.stderr.write("interrupted; what had been saved is whole\n")
         code = INTERRUPTED
     sys.stdout.flush()
     raise SystemExit(code)

@@ -272,9 +272,10 @@ class IdMap:
             self._state[kernels.ORIGIN] = next(place for place, bucket in enumerate(self._elder) if not bucket)
             self._state[kernels.MOVED] = 0
         elif num_slots < limit:
-            room = min(max(3 * num_slots // 2, _FEWEST_SLOTS), limit) - num_slots
-            self._ids = np.concatenate([self._ids, np.zeros(room, dtype=np.int64)])
-            self._used = np.concatenate([self._used, np.zeros(room, dtype=np.bool_)])
+            enough = min(max(3 * num_slots // 2, _FEWEST_SLOTS), limit)
+            ids, used = np.empty(enough, dtype=np.int64), np.zeros(enough, dtype=np.bool_)
+            ids[:num_slots], used[:num_slots] = self._ids, self._used
+            self._ids, self._used = ids, used
         else:
             return False
         return True

@@ -64,20 +64,16 @@ def mix64(x: Integer) -> np.uint64:
 
 
 @compiled
-def _shift_of(num_buckets: Integer) -> np.uint64:
-    """How far right a print is shifted to its home among a power of two of buckets."""
-    shift = _32
-    while num_buckets > 1:
-        num_buckets >>= 1
-        shift -= _1
-    return shift
+def _home(num_buckets: Integer, print_: np.uint64) -> np.uint64:
+    """Where an id belongs among up to 2**32 buckets: the print as a fraction of 2**32 (Lemire, 2019)."""
+    return (print_ * np.uint64(num_buckets)) >> _32
 
 
 @compiled
-def _slot_in(table: Buckets, shift: np.uint64, ids: Integers, wanted: Integer, print_: np.uint64) -> Integer:
-    """The slot of one id, or -1."""
+def _search(table: Buckets, ids: Integers, wanted: Integer, print_: np.uint64) -> Integer:
+    """The slot of one id; where it has none, -1 - the place of the empty bucket that it would get."""
     mask = np.uint64(table.size - 1)
-    place = print_ >> shift
+    place = _home(table.size, print_)
     bucket = table[place]
     while bucket != _0:
         if bucket >> _32 == print_:
@@ -86,39 +82,31 @@ def _slot_in(table: Buckets, shift: np.uint64, ids: Integers, wanted: Integer, p
                 return slot
         place = (place + _1) & mask
         bucket = table[place]
-    return -1
+    return -1 - np.int64(place)
 
 
 @compiled
-def _put(table: Buckets, shift: np.uint64, bucket: np.uint64) -> None:
+def _put(table: Buckets, bucket: np.uint64) -> None:
     """Fills the first empty bucket from the home on."""
     mask = np.uint64(table.size - 1)
-    place = (bucket >> _32) >> shift
+    place = _home(table.size, bucket >> _32)
     while table[place] != _0:
         place = (place + _1) & mask
     table[place] = bucket
 
 
 @compiled
-def _homes_passed(elder: Buckets, state: Integers, home: np.uint64) -> np.bool_:
-    """Whether ids with this home in ``elder`` have moved to ``young``."""
-    return (home - np.uint64(state[ORIGIN])) & np.uint64(elder.size - 1) < np.uint64(state[MOVED])
-
-
-@compiled
-def _slot_of(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: Integer) -> Integer:
-    """The slot of one id, or -1, in the table where it is or would be."""
-    print_ = mix64(wanted) >> _32
-    if elder.size:
-        shift = _shift_of(elder.size)
-        if not _homes_passed(elder, state, print_ >> shift):
-            return _slot_in(elder, shift, ids, wanted, print_)
-    return _slot_in(young, _shift_of(young.size), ids, wanted, print_)
+def _is_elder(elder: Buckets, state: Integers, print_: np.uint64) -> np.bool_:
+    """Whether the id's home in ``elder`` has not moved to ``young``; ``elder`` is not empty."""
+    past_origin = _home(elder.size, print_) - np.uint64(state[ORIGIN])
+    return past_origin & np.uint64(elder.size - 1) >= np.uint64(state[MOVED])
 
 
 @compiled
 def _find_block(
     young: Buckets,
+    elder: Buckets,
+    state: Integers,
     ids: Integers,
     wanted: Integers,
     begin: Integer,
@@ -127,48 +115,39 @@ def _find_block(
     buckets: Buckets,
     slots: Slots,
 ) -> None:
-    """Slots, or -1, of ids ``begin`` to ``end`` - 1 when there is no ``elder``; one kind of cache miss per pass."""
-    mask = np.uint64(young.size - 1)
-    shift = _shift_of(young.size)
-    for i in range(end - begin):
+    """Slots, negative if none, of ids ``begin`` to ``end`` - 1, and their prints; one kind of cache miss per pass."""
+    num_ids = end - begin
+    for i in range(num_ids):
         prints[i] = mix64(wanted[begin + i]) >> _32
-    for i in range(end - begin):
-        buckets[i] = young[prints[i] >> shift]
-    for i in range(end - begin):
-        place = prints[i] >> shift
+    if elder.size:
+        for i in range(num_ids):
+            table = elder if _is_elder(elder, state, prints[i]) else young
+            slots[begin + i] = max(_search(table, ids, wanted[begin + i], prints[i]), -1)
+        return
+    mask = np.uint64(young.size - 1)
+    for i in range(num_ids):
+        buckets[i] = young[_home(young.size, prints[i])]
+    for i in range(num_ids):
+        place = _home(young.size, prints[i])
         bucket = buckets[i]
         while bucket != _0 and bucket >> _32 != prints[i]:
             place = (place + _1) & mask
             bucket = young[place]
         buckets[i] = bucket
-    for i in range(end - begin):
+    for i in range(num_ids):
         slot = np.int64(buckets[i] & _LOWER) - 1
         if slot >= 0 and ids[slot] != wanted[begin + i]:  # another id with the same print comes first
-            slot = _slot_in(young, shift, ids, wanted[begin + i], prints[i])
+            slot = max(_search(young, ids, wanted[begin + i], prints[i]), -1)
         slots[begin + i] = slot
 
 
 @compiled
 def find(young: Buckets, elder: Buckets, state: Integers, ids: Integers, wanted: Integers, slots: Slots) -> None:
     """Writes the slot of each wanted id, or -1 where it has none, to ``slots``."""
-    if elder.size:
-        for i in range(wanted.size):
-            slots[i] = _slot_of(young, elder, state, ids, wanted[i])
-        return
     prints, buckets = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     for begin in range(0, wanted.size, _BLOCK):
         end = min(begin + _BLOCK, wanted.size)
-        _find_block(young, ids, wanted, begin, end, prints, buckets, slots)
-
-
-@compiled
-def _lowest_free(used: Flags, state: Integers) -> Integer:
-    """The lowest slot that is not in use; ``used.size`` if all are."""
-    slot = state[LOWEST]
-    while slot < used.size and used[slot]:
-        slot += 1
-    state[LOWEST] = slot
-    return slot
+        _find_block(young, elder, state, ids, wanted, begin, end, prints, buckets, slots)
 
 
 @compiled
@@ -178,7 +157,6 @@ def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: Integer) 
     ``elder`` is empty when ``state[MOVED] >= elder.size``.
     """
     mask = np.uint64(elder.size - 1)
-    shift = _shift_of(young.size)
     origin = np.uint64(state[ORIGIN])
     moved = state[MOVED]
     target = min(moved + num_buckets, elder.size)
@@ -186,7 +164,7 @@ def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: Integer) 
         place = (origin + np.uint64(moved)) & mask
         bucket = elder[place]
         if bucket != _0:
-            _put(young, shift, bucket)
+            _put(young, bucket)
             elder[place] = _0  # a cluster that wraps around may come back to this place
         elif moved >= target:
             break
@@ -217,55 +195,43 @@ def assign(
     prints, buckets = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
     for first in range(begin, wanted.size, _BLOCK):
         end = min(first + _BLOCK, wanted.size)
-        num_before = num_new
-        if elder.size:
-            slots[first:end] = -1
-        else:
-            _find_block(young, ids, wanted, first, end, prints, buckets, slots)
+        _find_block(young, elder, state, ids, wanted, first, end, prints, buckets, slots)
         for i in range(first, end):
             if slots[i] >= 0:
                 continue
-            slot = _slot_of(young, elder, state, ids, wanted[i])
+            print_ = prints[i - first]
+            if elder.size:  # before the search, so that a cluster that wraps around stays behind the homes that moved
+                move(young, elder, state, _MOVES_PER_ID)
+            table = elder if elder.size and _is_elder(elder, state, print_) else young
+            slot = _search(table, ids, wanted[i], print_)
             if slot < 0:
-                slot = _lowest_free(used, state)
+                place, slot = -1 - slot, state[LOWEST]
+                while slot < used.size and used[slot]:
+                    slot += 1
+                state[LOWEST] = slot
                 if slot >= max_slots or state[IN_USE] >= max_in_use:
                     return i, num_new
-                _occupy(young, elder, state, wanted[i], slot)
+                table[place] = (print_ << _32) | np.uint64(slot + 1)
                 ids[slot] = wanted[i]
                 used[slot] = True
                 new[num_new] = i
                 num_new += 1
+                state[IN_USE] += 1
+                state[HIGH_WATER] = max(state[HIGH_WATER], slot + 1)
             slots[i] = slot
-        if elder.size:
-            move(young, elder, state, _MOVES_PER_ID * (num_new - num_before))
     return wanted.size, num_new
-
-
-@compiled
-def _occupy(young: Buckets, elder: Buckets, state: Integers, id_: Integer, slot: Integer) -> None:
-    """Enters an id that is not in the index."""
-    print_ = mix64(id_) >> _32
-    bucket = (print_ << _32) | np.uint64(slot + 1)
-    state[IN_USE] += 1
-    state[HIGH_WATER] = max(state[HIGH_WATER], slot + 1)
-    if elder.size:
-        shift = _shift_of(elder.size)
-        if not _homes_passed(elder, state, print_ >> shift):
-            _put(elder, shift, bucket)
-            return
-    _put(young, _shift_of(young.size), bucket)
 
 
 @compiled
 def enter(table: Buckets, ids: Integers, used: Flags) -> Integer:
     """Enters every used slot of ``ids`` into an empty table; returns a slot whose id an earlier one has, or -1."""
-    shift = _shift_of(table.size)
     for slot in range(used.size):
         if used[slot]:
             print_ = mix64(ids[slot]) >> _32
-            if _slot_in(table, shift, ids, ids[slot], print_) >= 0:
+            place = _search(table, ids, ids[slot], print_)
+            if place >= 0:
                 return slot
-            _put(table, shift, (print_ << _32) | np.uint64(slot + 1))
+            table[-1 - place] = (print_ << _32) | np.uint64(slot + 1)
     return -1
 
 
@@ -276,16 +242,15 @@ def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: 
     The rest of a cluster closes up (Knuth, section 6.4, algorithm R), so that removing leaves no trace.
     """
     mask = np.uint64(table.size - 1)
-    shift = _shift_of(table.size)
     for slot in slots:
         if not used[slot]:
             continue
-        hole = (mix64(ids[slot]) >> _32) >> shift
+        hole = _home(table.size, mix64(ids[slot]) >> _32)
         while table[hole] & _LOWER != np.uint64(slot + 1):
             hole = (hole + _1) & mask
         place = (hole + _1) & mask
         while table[place] != _0:
-            home = (table[place] >> _32) >> shift
+            home = _home(table.size, table[place] >> _32)
             if (place - home) & mask >= (place - hole) & mask:
                 table[hole] = table[place]
                 hole = place
@@ -301,12 +266,11 @@ def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: 
 def probes(table: Buckets, num_buckets: Integer) -> tuple[Integer, Integer, Integer]:
     """Ids in the first ``num_buckets`` of a table; buckets that finding each looks at, added up; the most for one."""
     mask = np.uint64(table.size - 1)
-    shift = _shift_of(table.size)
     num_ids, total = 0, 0
     longest: Integer = 0
     for place in range(num_buckets):
         if table[place] != _0:
-            home = (table[place] >> _32) >> shift
+            home = _home(table.size, table[place] >> _32)
             length: Integer = np.int64((np.uint64(place) - home) & mask) + 1
             num_ids += 1
             total += length
@@ -321,10 +285,9 @@ def deduplicate(ids: Integers, table: Slots, distinct: Integers, inverse: Slots,
     Returns their number. ``table``: zeros, a power of two and at least twice as many as ids.
     """
     mask = np.uint64(table.size - 1)
-    shift = _shift_of(table.size) + _32
     num_distinct = 0
     for i in range(ids.size):
-        place = mix64(ids[i]) >> shift
+        place = _home(table.size, mix64(ids[i]) >> _32)
         while table[place] != 0 and distinct[table[place] - 1] != ids[i]:
             place = (place + _1) & mask
         number = table[place] - 1
@@ -347,15 +310,15 @@ def add_to_sketch(sketch: Counts, ids: Integers, added: Integers, totals: Intege
     given by the leading bits of a + row * b (Kirsch and Mitzenmacher, "Less hashing, same performance", 2006).
     """
     depth, width = sketch.shape
-    shift = _shift_of(width) + _32
+    places = np.empty(depth, np.uint64)
     for i in range(ids.size):
         first = mix64(ids[i])
         stride = mix64(first) | _1
-        total: Integer = np.int64(sketch[0, first >> shift])
-        for row in range(1, depth):
-            total = min(total, np.int64(sketch[row, (first + np.uint64(row) * stride) >> shift]))
+        total: Integer = _FULL
+        for row in range(depth):
+            places[row] = _home(width, (first + np.uint64(row) * stride) >> _32)
+            total = min(total, np.int64(sketch[row, places[row]]))
         total = min(total + added[i], _FULL)
         for row in range(depth):
-            place = (first + np.uint64(row) * stride) >> shift
-            sketch[row, place] = max(np.int64(sketch[row, place]), total)
+            sketch[row, places[row]] = max(np.int64(sketch[row, places[row]]), total)
         totals[i] = total

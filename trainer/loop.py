@@ -87,6 +87,8 @@ class _Session:
         self.cursor = run.cursor
         self.evaluations = list(run.evaluations)
         self.interrupted = False
+        self._saved = run.cursor if self.step else None
+        """Where the newest checkpoint goes on."""
 
     @property
     def step(self) -> int:
@@ -139,7 +141,7 @@ class _Session:
                     return
 
     def _segment(self, feed: Feed, length: int, report: Report) -> dict[str, float]:
-        """Train ``length`` steps, fewer if the feed ends; returns what the segment reports."""
+        """Train ``length`` steps, fewer if the feed ends; returns what the segment reports, nothing of no steps."""
         run = self._run
         sums, batches, steps = ClickSums(run.state.world.device), islice(feed, length), 0
         rates = run.state.optimizer.learning_rates()
@@ -154,19 +156,22 @@ class _Session:
             self.cursor, steps = prediction.batch.cursor, steps + 1
             report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
         totals = sums.reduce()
+        if not totals.rows:
+            return {}
         seconds = time.perf_counter() - started
         values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
         values["rows_per_second"] = totals.rows / seconds
-        values |= totals.report("train") if totals.rows else {}
+        values |= totals.report("train")
         return values | {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
     def _at_boundary(self, values: dict[str, float], report: Report) -> None:
         evaluated = not self.interrupted and self._is_due(self._run.config.evaluation.every_steps or self._epoch_steps)
         if evaluated and self._run.inputs.validation is not None:
             values |= self._validate()
-        report.say(segment_line(self.step, self.total_steps, values))
-        with self._run.state.world.together():
-            report.record(self.step, values)
+        if values:
+            report.say(segment_line(self.step, self.total_steps, values))
+            with self._run.state.world.together():
+                report.record(self.step, values)
         every = self._run.config.checkpoint.every_steps
         ends = self.interrupted or has_stalled(self.evaluations, self._run.config)
         if evaluated or ends or (every and self._is_due(every)):
@@ -186,10 +191,11 @@ class _Session:
 
     def _save(self) -> None:
         run = self._run
-        if self.step and self.cursor == run.cursor:
-            return  # nothing was trained since the checkpoint that the run was resumed from: leave it alone
+        if self.cursor == self._saved:
+            return  # nothing was trained since: leave that checkpoint alone
         manifest = describe(run, self.step, self.cursor, self.evaluations)
         checkpoint.save(checkpoint.path_of(run.checkpoints, self.step), run.state, manifest)
+        self._saved = self.cursor
         if run.state.world.is_chief:
             best = manifest.best(run.config.evaluation.higher_is_better)
             checkpoint.retain(run.checkpoints, run.config.checkpoint.keep, best[0] if best else None)

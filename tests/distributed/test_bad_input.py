@@ -34,6 +34,8 @@ class Case:
     """One command that both ranks run."""
 
     words: tuple[str, ...]
+    """``RANK`` in them becomes the rank's number."""
+
     message: str
     """Found in the complaint; empty for a command that succeeds."""
 
@@ -132,6 +134,10 @@ def _cases(root: Path) -> dict[str, Case]:
             r"only/\*.parquet matches no file \(seen from",
             views,
         ),
+        "other settings": Case(
+            _train(whole, "--set", "seed=RANK"),
+            "seed is not the same on ranks 0 and 1; give every rank the same command",
+        ),
         "nonsense": Case(("evaluate", str(root / "nonsense")), "is neither a whole checkpoint nor the output of a run"),
         "finished": Case(_train(whole), ""),
         "another run": Case(_train(whole, "--set", "seed=9"), "seed is 1 in checkpoint .* and 9 in the run"),
@@ -151,7 +157,7 @@ def _call_all(ports: list[int], cases: list[Case]) -> list[Outcome]:
                 stack.enter_context(contextlib.chdir(case.folders[rank]))
             if rank in case.largest_file:
                 stack.enter_context(largest_file(case.largest_file[rank]))
-            outcomes.append(call(*case.words))
+            outcomes.append(call(*(word.replace("RANK", str(rank)) for word in case.words)))
     return outcomes
 
 
