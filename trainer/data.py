@@ -85,6 +85,7 @@ class _Rows:
     row_numbers: NDArray[np.int64]
 
     def take(self, rows: NDArray[np.int64]) -> _Rows:
+        """The rows with these numbers, in this order."""
         return _Rows(
             sparse=tuple(ids.take(rows) for ids in self.sparse),
             dense=self.dense[rows],
@@ -103,6 +104,7 @@ class _Cut(NamedTuple):
     end: int
 
     def of(self, array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+        """This part of an array, without copying."""
         return array[self.begin : self.end]
 
 

@@ -65,7 +65,10 @@ def mix64(x: Integer) -> np.uint64:
 
 @compiled
 def _home(num_buckets: Integer, print_: np.uint64) -> np.uint64:
-    """Where an id belongs among up to 2**32 buckets: the print as a fraction of 2**32 (Lemire, 2019)."""
+    """Where an id belongs among up to 2**32 buckets: in proportion to its print.
+
+    Lemire, "Fast random integer generation in an interval", 2019.
+    """
     return (print_ * np.uint64(num_buckets)) >> _32
 
 
@@ -135,9 +138,9 @@ def _find_block(
             bucket = young[place]
         buckets[i] = bucket
     for i in range(num_ids):
-        slot = np.int64(buckets[i] & _LOWER) - 1
+        slot: Integer = np.int64(buckets[i] & _LOWER) - 1
         if slot >= 0 and ids[slot] != wanted[begin + i]:  # another id with the same print comes first
-            slot = max(_search(young, ids, wanted[begin + i], prints[i]), -1)
+            slot = max(_search(young, ids, wanted[begin + i], prints[i]), np.int64(-1))
         slots[begin + i] = slot
 
 
@@ -306,8 +309,8 @@ def deduplicate(ids: Integers, table: Slots, distinct: Integers, inverse: Slots,
 def add_to_sketch(sketch: Counts, ids: Integers, added: Integers, totals: Integers) -> None:
     """Adds to the estimated count of each id, one after the other, and writes what it then is to ``totals``.
 
-    ``sketch``: uint32 [depth, width], a power of two wide; a cell that is full stays so. A row's cell for an id is
-    given by the leading bits of a + row * b (Kirsch and Mitzenmacher, "Less hashing, same performance", 2006).
+    ``sketch``: uint32 [depth, width]; a cell that is full stays so. A row's cell for an id is given by the leading bits
+    of a + row * b (Kirsch and Mitzenmacher, "Less hashing, same performance", 2006).
     """
     depth, width = sketch.shape
     places = np.empty(depth, np.uint64)

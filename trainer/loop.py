@@ -120,6 +120,7 @@ class _Session:
             )
 
     def run(self, report: Report, wants_stop: _Flag) -> None:
+        """Train segment by segment until the end, a stall or a signal."""
         run, data = self._run, self._run.inputs
         if self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
             return
@@ -228,9 +229,11 @@ class _Flag:
         self._set = False
 
     def set(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         self._set = True
 
     def is_set(self) -> bool:
+        """Whether a signal has come."""
         return self._set
 
 

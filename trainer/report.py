@@ -209,4 +209,5 @@ def log_to_terminal() -> None:
 
 class _BarHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the bar."""
         tqdm.write(self.format(record), file=sys.stderr)

@@ -131,6 +131,7 @@ class _Moments:
     squares: float = 0.0
 
     def add(self, values: NDArray[np.float64]) -> None:
+        """Take float64 [n] values in, by the pairwise update of Chan, Golub and LeVeque (1983)."""
         if not len(values):
             return
         with np.errstate(over="ignore", invalid="ignore"):  # seen at the end, as a deviation that is not finite
@@ -143,6 +144,11 @@ class _Moments:
         self.count = total
 
     def mean_and_std(self, name: str) -> tuple[float, float]:
+        """Mean and population standard deviation; 1 for one of 0, so that it may divide.
+
+        Raises:
+            DataError: the values of column ``name`` spread too far for float64.
+        """
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
         if not math.isfinite(deviation):
             raise DataError(f"dense column {name!r} spreads too far to be standardized; use kind = 'log1p' or 'clip'")
