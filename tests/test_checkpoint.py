@@ -1,0 +1,175 @@
+"""Checkpoints as folders: which ones count, which are kept, and that what is loaded is what was saved."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.command_line import call, digests
+from tests.distributed.training import saved_table
+from tests.small_data import SPARSE, run_plain, run_toml, write_click_log
+from trainer import checkpoint
+from trainer import manifest as manifests
+from trainer.config import RunConfig
+from trainer.description import build
+from trainer.errors import CheckpointError
+from trainer.run import open_inputs, start
+from trainer.world import join_world
+
+
+def pretend(directory: Path, *steps: int, whole: bool = True) -> None:
+    """Folders of checkpoints of these steps, with nothing in them but a manifest if they are ``whole``."""
+    for step in steps:
+        checkpoint.path_of(directory, step).mkdir(parents=True)
+        if whole:
+            (checkpoint.path_of(directory, step) / manifests.NAME).write_text("{}", encoding="utf-8")
+
+
+def test_steps_are_those_of_folders_with_a_manifest_in_the_order_of_numbers(tmp_path: Path) -> None:
+    pretend(tmp_path, 20, 123_456_789, 5)
+    pretend(tmp_path, 30, whole=False)
+    pretend(tmp_path / "step-0000007", 1)
+    (tmp_path / "other").mkdir()
+    assert checkpoint.steps_in(tmp_path) == [5, 20, 123_456_789]
+    assert checkpoint.steps_in(tmp_path / "absent") == []
+
+
+@given(
+    steps=st.lists(st.integers(0, 10**9), unique=True, max_size=8),
+    keep=st.integers(2, 5),
+    choice=st.integers(0, 9),
+)
+def test_the_newest_and_the_best_are_kept_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], keep: int, choice: int
+) -> None:
+    directory = tmp_path_factory.mktemp("kept")
+    pretend(directory, *steps)
+    best = steps[choice] if choice < len(steps) else None
+    checkpoint.retain(directory, keep, best)
+    expected = {*sorted(steps, reverse=True)[:keep], *([] if best is None else [best])}
+    assert checkpoint.steps_in(directory) == sorted(expected)
+    assert len(list(directory.iterdir())) == len(expected)
+
+
+def test_what_a_killed_save_left_is_not_deleted_as_an_old_checkpoint(tmp_path: Path) -> None:
+    pretend(tmp_path, 1, 2, 3)
+    pretend(tmp_path, 0, 4, whole=False)
+    checkpoint.retain(tmp_path, 2, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (0, 2, 3, 4)]
+
+
+def test_a_checkpoint_that_is_being_deleted_counts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed just before
+    checkpoint.discard(checkpoint.path_of(tmp_path, 1))
+    assert checkpoint.steps_in(tmp_path) == []
+    assert checkpoint.path_of(tmp_path, 1).is_dir()
+
+
+# Real ones
+
+
+@pytest.fixture(scope="module")
+def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A click log and a finished run on it: 12 wide and 1 wide tables, checkpoints of steps 10, 15 and 20."""
+    directory = tmp_path_factory.mktemp("click-log")
+    write_click_log(directory)
+    assert call("train", run_toml(directory)).code == 0
+    return directory
+
+
+def newest(directory: Path) -> Path:
+    return checkpoint.path_of(directory / "run" / "checkpoints", 20)
+
+
+def test_a_run_keeps_as_many_as_it_was_told(click_log: Path, tmp_path: Path) -> None:
+    run = run_toml(click_log, output=str(tmp_path / "run"), checkpoint={"keep": 2, "every_steps": 4})
+    assert call("train", run).code == 0
+    manifest = manifests.read(checkpoint.path_of(tmp_path / "run" / "checkpoints", 20))
+    best = manifest.best(higher_is_better=True)
+    assert best is not None
+    assert checkpoint.steps_in(tmp_path / "run" / "checkpoints") == sorted({16, 20, best[0]})
+
+
+def test_the_output_of_a_run_stands_for_its_newest_checkpoint(click_log: Path) -> None:
+    assert checkpoint.find(click_log / "run") == checkpoint.find(newest(click_log))
+    assert checkpoint.newest_good(click_log / "run" / "checkpoints") == checkpoint.find(newest(click_log))
+
+
+def test_what_is_no_checkpoint_is_not_found(click_log: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is neither a whole checkpoint nor the output of a run; name one"):
+        checkpoint.find(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="has no whole checkpoint; train it first"):
+        checkpoint.find(tmp_path)
+    assert checkpoint.newest_good(tmp_path / "absent") is None
+
+
+def test_every_file_of_a_checkpoint_has_a_checksum(click_log: Path) -> None:
+    path = newest(click_log)
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert set(manifests.read(path).files) == files - {manifests.NAME}
+
+
+def test_tables_are_saved_in_logical_width_and_every_row_once(click_log: Path) -> None:
+    manifest = manifests.read(newest(click_log))
+    for key, dim in (("embedding.embedding.weight", 15), ("linear.fc.weight", 1)):
+        for state in ("weight", "sum"):
+            matrix = saved_table(newest(click_log), manifest, key, state)
+            assert matrix.shape == (1000, dim)
+            assert np.isfinite(matrix).all(), "a row is in no block"
+        assert sum(block.ids * (block.end - block.begin) for block in manifest.blocks if block.table == key) == (
+            1000 * dim
+        )
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "column_wise", "data_parallel"])
+def test_another_layout_loads_and_saves_the_same_rows_and_moments(
+    click_log: Path, tmp_path: Path, sharding: str
+) -> None:
+    """The plan is not part of what a run must keep: only rows and moments of ids are."""
+    shutil.copytree(click_log / "run", tmp_path / "run")
+    for step in (10, 15):
+        shutil.rmtree(checkpoint.path_of(tmp_path / "run" / "checkpoints", step))
+    before = digests(tmp_path / "run")
+    plain = other_layout(click_log, tmp_path / "run", sharding)
+    with join_world(standalone=True) as world:
+        run = start(open_inputs(build(RunConfig, plain), world), world)
+        path, manifest = checkpoint.find(tmp_path / "run")
+        checkpoint.save(checkpoint.path_of(tmp_path / "again", 20), run.state, manifest)
+    assert digests(checkpoint.path_of(tmp_path / "again", 20)) == before
+    assert path == newest(tmp_path)
+
+
+def other_layout(click_log: Path, output: Path, sharding: str) -> dict[str, Any]:
+    """The run of the click log with its tables apart and sharded otherwise."""
+    plain = run_plain(click_log, output=str(output), sharding={"pack": False})
+    for table in plain["tables"]:
+        table["sharding"] = [sharding]
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": {"hidden": [16, 4]}}, r"mlp.mlp.2.bias is \[8\] in the checkpoint and \[4\] in the run"),
+        ({"tables": {"rows": 999}}, "table embedding.embedding.weight: rows is 1000 in the checkpoint and 999 in"),
+        ({"tables": {"dim": 14}}, "table embedding.embedding.weight: dim is 15 in the checkpoint and 14 in"),
+        ({"tables": {"name": "other"}}, "table embedding.embedding.weight is only in the checkpoint"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_by_name(
+    click_log: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    plain = run_plain(click_log, output=str(tmp_path), model=overrides.get("model", {}))
+    plain["tables"][0] |= {"features": list(SPARSE), **overrides.get("tables", {})}
+    with join_world(standalone=True) as world:
+        run = start(open_inputs(build(RunConfig, plain), world), world)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(*checkpoint.find(click_log / "run"), run.state)
