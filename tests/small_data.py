@@ -95,9 +95,13 @@ def run_plain(directory: Path, **overrides: Any) -> dict[str, Any]:
 
 def run_toml(directory: Path, **overrides: Any) -> Path:
     """Write ``run_plain(directory, **overrides)`` as ``directory/run.toml``; the path of it."""
-    path = directory / "run.toml"
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = [f"{name} = {_toml(value)}\n" for name, value in run_plain(directory, **overrides).items()]
+    return write_toml(directory / "run.toml", run_plain(directory, **overrides))
+
+
+def write_toml(path: Path, plain: dict[str, Any]) -> Path:
+    """Write plain data to a TOML file, a line for each key at the top; the path of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{name} = {_toml(value)}\n" for name, value in plain.items()]
     path.write_text("".join(lines), encoding="utf-8")
     return path
 

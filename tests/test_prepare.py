@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.real_data import real_data
 from trainer import prepare as module
 from trainer.errors import DataError
 from trainer.prepare import FORMATS, describe, prepare
 
 CRITEO = [f"I{index}" for index in range(1, 14)] + [f"C{index}" for index in range(1, 27)]
 FRAPPE = [column.name for column in FORMATS["frappe"].columns]
-
-
-def real_data(name: str) -> Path:
-    """A file or folder of the real data; a test that needs it fails with this message where it is missing."""
-    folder = Path(os.environ.get("CTR_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (folder / name).exists():
-        pytest.fail(f"{folder / name} is missing; set CTR_DATA to the folder of the real data")
-    return folder / name
 
 
 def line(label: str = "0", numbers: str = "7", identifier: str = "0a1B2c3D") -> str:
