@@ -67,7 +67,7 @@ def naive_add(cells: list[list[int]], id_: int, count: int) -> int:
     width = len(cells[0])
     first = int(mix64(np.array([id_]).view(np.uint64))[0])
     stride = int(mix64(np.array([first], dtype=np.uint64))[0]) | 1
-    places = [((first + row * stride) % (1 << 64)) * width >> 64 for row in range(len(cells))]
+    places = [((first + row * stride) % (1 << 64) >> 32) * width >> 32 for row in range(len(cells))]
     total = min(cells[row][place] for row, place in enumerate(places)) + count
     for row, place in enumerate(places):
         cells[row][place] = max(cells[row][place], total)
@@ -75,7 +75,7 @@ def naive_add(cells: list[list[int]], id_: int, count: int) -> int:
 
 
 def test_the_sketch_is_the_one_of_the_papers() -> None:
-    for width, depth in ((64, 3), (2, 1), (4, 5)):
+    for width, depth in ((64, 3), (1, 1), (100, 5)):
         sketch, cells = CountSketch(width, depth), [[0] * width for _ in range(depth)]
         for ids, counts in stream(2, num_batches=5):
             expected = [naive_add(cells, id_, n) for id_, n in zip(ids.tolist(), counts.tolist(), strict=True)]
@@ -110,26 +110,18 @@ def test_a_full_cell_stays_full() -> None:
     assert sketch.to_array().max() == 2**32 - 1
 
 
-def test_the_memory_of_a_sketch_is_fixed_and_its_width_a_power_of_two() -> None:
+def test_the_memory_of_a_sketch_is_fixed() -> None:
     sketch = CountSketch(width=1000, depth=3)
-    assert sketch.to_array().shape == (3, 1024)
-    assert sketch.num_bytes == 3 * 1024 * 4
+    assert sketch.to_array().shape == (3, 1000)
+    assert sketch.num_bytes == 3 * 1000 * 4
     sketch.add(np.arange(50_000), np.ones(50_000, dtype=np.int64))
     sketch.forget(np.arange(50_000))
-    assert sketch.num_bytes == 3 * 1024 * 4
+    assert sketch.num_bytes == 3 * 1000 * 4
 
 
 def test_a_damaged_checkpoint_is_refused() -> None:
-    for wrong in (
-        np.zeros((2, 6), np.uint32),
-        np.zeros((3, 1), np.uint32),
-        np.zeros(8, np.uint32),
-        np.zeros((2, 8)),
-        np.zeros((0, 8), np.uint32),
-    ):
-        with pytest.raises(
-            CheckpointError, match=r"not uint32 \[depth, a power of two from 2 on\]; take another checkpoint"
-        ):
+    for wrong in (np.zeros((2, 0), np.uint32), np.zeros(8, np.uint32), np.zeros((2, 8)), np.zeros((0, 8), np.uint32)):
+        with pytest.raises(CheckpointError, match=r"not uint32 \[depth, width\]; take another checkpoint"):
             CountSketch.from_array(wrong)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"a counter has 1 ids and 2 counts; take another checkpoint"):
         ExactCounter.from_arrays(np.array([1]), np.array([True]), np.array([1, 2]))

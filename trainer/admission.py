@@ -110,8 +110,8 @@ class CountSketch:
     """
 
     def __init__(self, width: int, depth: int = 4) -> None:
-        """``depth`` rows of ``width`` cells, or the next power of two; a cell has 4 bytes and counts to 2**32 - 1."""
-        self._cells = np.zeros((depth, 1 << max(1, width - 1).bit_length()), dtype=np.uint32)
+        """``depth`` rows of ``width`` cells; a cell has 4 bytes and counts to 2**32 - 1."""
+        self._cells = np.zeros((depth, width), dtype=np.uint32)
 
     @classmethod
     def from_array(cls, cells: NDArray[np.uint32]) -> CountSketch:
@@ -120,10 +120,9 @@ class CountSketch:
         Raises:
             CheckpointError: the array is not that of a sketch.
         """
-        width = cells.shape[1] if cells.ndim == 2 else 0
-        if cells.dtype != np.uint32 or width < 2 or width & (width - 1) or not len(cells):
+        if cells.dtype != np.uint32 or cells.ndim != 2 or not cells.size:
             raise CheckpointError(
-                f"a count sketch is {cells.dtype} {list(cells.shape)}, not uint32 [depth, a power of two from 2 on]; "
+                f"a count sketch is {cells.dtype} {list(cells.shape)}, not uint32 [depth, width]; "
                 "take another checkpoint"
             )
         restored = cls(1)

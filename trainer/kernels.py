@@ -6,8 +6,8 @@ is an empty bucket. The ids themselves are kept once, by slot, so that no id is 
 the leading bits of its print: growing needs no ids and goes through memory in order, and the ids of one owner (the
 trailing bits of the same mix) spread evenly.
 
-While the index grows there are two tables: ``elder``, and ``young``, which is twice as big. Clusters move over in the
-order of their homes, from ``state[ORIGIN]`` on: an id whose home has been passed is in ``young``, others in ``elder``.
+While the index grows there are two tables: ``elder`` and the bigger ``young``. Clusters move over in the order of
+their homes, from ``state[ORIGIN]`` on: an id whose home has been passed is in ``young``, the others are in ``elder``.
 
 All compiled functions are in this one file, because numba's cache on disk does not notice changes in another.
 """
@@ -34,7 +34,7 @@ IN_USE, HIGH_WATER, LOWEST, ORIGIN, MOVED = range(5)
 one is below; the first home of ``elder`` that moves; how many homes have moved."""
 
 _BLOCK = 512  # ids whose cache misses overlap; what is kept of them stays in the first-level cache
-_MOVES_PER_ID = 16  # buckets of elder that move for each new id: elder is empty long before young is full
+_MOVES_PER_ID = 8  # buckets of elder that move for each new id: elder is empty before its load has come to 0.83
 
 _MIX_1, _MIX_2, _MIX_3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _0, _1, _27, _30, _31, _32 = (np.uint64(number) for number in (0, 1, 27, 30, 31, 32))
@@ -73,9 +73,20 @@ def _home(num_buckets: Integer, print_: np.uint64) -> np.uint64:
 
 
 @compiled
+def _after(table: Buckets, place: np.uint64) -> np.uint64:
+    """The next place; the first after the last."""
+    return place + _1 if place + _1 < np.uint64(table.size) else _0
+
+
+@compiled
+def _distance(table: Buckets, begin: np.uint64, place: np.uint64) -> np.uint64:
+    """How many steps forward from ``begin`` a place is."""
+    return place - begin if place >= begin else place + np.uint64(table.size) - begin
+
+
+@compiled
 def _search(table: Buckets, ids: Integers, wanted: Integer, print_: np.uint64) -> Integer:
     """The slot of one id; where it has none, -1 - the place of the empty bucket that it would get."""
-    mask = np.uint64(table.size - 1)
     place = _home(table.size, print_)
     bucket = table[place]
     while bucket != _0:
@@ -83,7 +94,7 @@ def _search(table: Buckets, ids: Integers, wanted: Integer, print_: np.uint64) -
             slot = np.int64(bucket & _LOWER) - 1
             if ids[slot] == wanted:
                 return slot
-        place = (place + _1) & mask
+        place = _after(table, place)
         bucket = table[place]
     return -1 - np.int64(place)
 
@@ -91,18 +102,17 @@ def _search(table: Buckets, ids: Integers, wanted: Integer, print_: np.uint64) -
 @compiled
 def _put(table: Buckets, bucket: np.uint64) -> None:
     """Fills the first empty bucket from the home on."""
-    mask = np.uint64(table.size - 1)
     place = _home(table.size, bucket >> _32)
     while table[place] != _0:
-        place = (place + _1) & mask
+        place = _after(table, place)
     table[place] = bucket
 
 
 @compiled
 def _is_elder(elder: Buckets, state: Integers, print_: np.uint64) -> np.bool_:
     """Whether the id's home in ``elder`` has not moved to ``young``; ``elder`` is not empty."""
-    past_origin = _home(elder.size, print_) - np.uint64(state[ORIGIN])
-    return past_origin & np.uint64(elder.size - 1) >= np.uint64(state[MOVED])
+    past_origin = _distance(elder, np.uint64(state[ORIGIN]), _home(elder.size, print_))
+    return past_origin >= np.uint64(state[MOVED])
 
 
 @compiled
@@ -127,14 +137,13 @@ def _find_block(
             table = elder if _is_elder(elder, state, prints[i]) else young
             slots[begin + i] = max(_search(table, ids, wanted[begin + i], prints[i]), -1)
         return
-    mask = np.uint64(young.size - 1)
     for i in range(num_ids):
         buckets[i] = young[_home(young.size, prints[i])]
     for i in range(num_ids):
         place = _home(young.size, prints[i])
         bucket = buckets[i]
         while bucket != _0 and bucket >> _32 != prints[i]:
-            place = (place + _1) & mask
+            place = _after(young, place)
             bucket = young[place]
         buckets[i] = bucket
     for i in range(num_ids):
@@ -159,12 +168,10 @@ def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: Integer) 
 
     ``elder`` is empty when ``state[MOVED] >= elder.size``.
     """
-    mask = np.uint64(elder.size - 1)
-    origin = np.uint64(state[ORIGIN])
     moved = state[MOVED]
     target = min(moved + num_buckets, elder.size)
+    place = np.uint64((state[ORIGIN] + moved) % elder.size)
     while True:
-        place = (origin + np.uint64(moved)) & mask
         bucket = elder[place]
         if bucket != _0:
             _put(young, bucket)
@@ -172,6 +179,7 @@ def move(young: Buckets, elder: Buckets, state: Integers, num_buckets: Integer) 
         elif moved >= target:
             break
         moved += 1
+        place = _after(elder, place)
     state[MOVED] = moved
 
 
@@ -199,12 +207,12 @@ def assign(
     for first in range(begin, wanted.size, _BLOCK):
         end = min(first + _BLOCK, wanted.size)
         _find_block(young, elder, state, ids, wanted, first, end, prints, buckets, slots)
+        if elder.size:  # before new ids come, so that a cluster that wraps around stays behind the homes that moved
+            move(young, elder, state, _MOVES_PER_ID * np.count_nonzero(slots[first:end] < 0))
         for i in range(first, end):
             if slots[i] >= 0:
                 continue
             print_ = prints[i - first]
-            if elder.size:  # before the search, so that a cluster that wraps around stays behind the homes that moved
-                move(young, elder, state, _MOVES_PER_ID)
             table = elder if elder.size and _is_elder(elder, state, print_) else young
             slot = _search(table, ids, wanted[i], print_)
             if slot < 0:
@@ -244,20 +252,19 @@ def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: 
 
     The rest of a cluster closes up (Knuth, section 6.4, algorithm R), so that removing leaves no trace.
     """
-    mask = np.uint64(table.size - 1)
     for slot in slots:
         if not used[slot]:
             continue
         hole = _home(table.size, mix64(ids[slot]) >> _32)
         while table[hole] & _LOWER != np.uint64(slot + 1):
-            hole = (hole + _1) & mask
-        place = (hole + _1) & mask
+            hole = _after(table, hole)
+        place = _after(table, hole)
         while table[place] != _0:
             home = _home(table.size, table[place] >> _32)
-            if (place - home) & mask >= (place - hole) & mask:
+            if _distance(table, home, place) >= _distance(table, hole, place):
                 table[hole] = table[place]
                 hole = place
-            place = (place + _1) & mask
+            place = _after(table, place)
         table[hole] = _0
         ids[slot] = 0
         used[slot] = False
@@ -268,13 +275,12 @@ def release(table: Buckets, state: Integers, ids: Integers, used: Flags, slots: 
 @compiled
 def probes(table: Buckets, num_buckets: Integer) -> tuple[Integer, Integer, Integer]:
     """Ids in the first ``num_buckets`` of a table; buckets that finding each looks at, added up; the most for one."""
-    mask = np.uint64(table.size - 1)
     num_ids, total = 0, 0
     longest: Integer = 0
     for place in range(num_buckets):
         if table[place] != _0:
             home = _home(table.size, table[place] >> _32)
-            length: Integer = np.int64((np.uint64(place) - home) & mask) + 1
+            length: Integer = np.int64(_distance(table, home, np.uint64(place))) + 1
             num_ids += 1
             total += length
             longest = max(longest, length)
