@@ -1,4 +1,4 @@
-"""Scoring: the checkpoint's own numbers worked out by plain PyTorch and scikit-learn, and no trace left in the state."""
+"""Scoring against plain PyTorch and scikit-learn on what a checkpoint holds; it leaves no trace in the state."""
 
 from __future__ import annotations
 

@@ -126,5 +126,5 @@ def test_ranks_that_were_given_different_things_are_told_which(click_log: Path) 
         run.open_inputs(build(RunConfig, run_plain(click_log)), two)
     with join_world(standalone=True) as world:
         inputs = opened(click_log, world)
-    with pytest.raises(DataError, match="data.train: ranks 0 and 1 see different files; give every host the same"):
+    with pytest.raises(DataError, match=r"data\.train: ranks 0 and 1 see different files; give every host the same"):
         run.check_same_files([inputs.train], two)

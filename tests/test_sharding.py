@@ -127,7 +127,8 @@ def test_tables_that_do_not_fit_are_refused_with_the_bytes_needed_and_offered(cl
     run = run_toml(click_log, output=str(tmp_path / "run"), tables=tables(), sharding={"memory_gib": 0.002})
     call("train", run).complains_of(
         f"the tables need {100_000 * 32 * 4 / GIB:.3f} GiB with moments and each of 1 ranks offers 0.002 GiB "
-        r"\(largest: 'embedding', 100000 rows, 0.012 GiB\); lower its rows, use more ranks, or raise sharding.memory_gib"
+        r"\(largest: 'embedding', 100000 rows, 0.012 GiB\); lower its rows, use more ranks, "
+        "or raise sharding.memory_gib"
     )
 
 
