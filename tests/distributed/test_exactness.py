@@ -38,7 +38,7 @@ TWO_OPTIMIZERS = [
 ]
 STEPS = 20
 
-pytestmark = pytest.mark.timeout(480)  # the first test waits for all runs
+pytestmark = pytest.mark.timeout(820)  # the first test waits for all runs
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +116,15 @@ class Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes(click_log: Path) -> Outcomes:
-    four = run_ranks(train_all, 4, [equal_run(click_log, 4), moving_run(click_log, 8)], timeout=120)[0]
+    four = run_ranks(train_all, 4, [equal_run(click_log, 4), moving_run(click_log, 8)], timeout=200)[0]
     runs = {
         world_size: [*resumed_runs(click_log, world_size), equal_run(click_log, world_size)] for world_size in (1, 2)
     }
     runs[1] += packed_runs(click_log, 1)
-    two = run_ranks(_save_again_and_train, 2, moving_run(click_log, 8), runs[2], timeout=120)[0]
-    one = run_ranks(_save_again_and_train, 1, moving_run(click_log, 8), runs[1], timeout=120)[0]
+    two = run_ranks(_save_again_and_train, 2, moving_run(click_log, 8), runs[2], timeout=200)[0]
+    one = run_ranks(_save_again_and_train, 1, moving_run(click_log, 8), runs[1], timeout=200)[0]
     longer = [moving_run(click_log, 12), *packed_runs(click_log, 2)]
-    again = run_ranks(_save_again_and_train, 2, moving_run(click_log, 8), longer, timeout=120)[0]
+    again = run_ranks(_save_again_and_train, 2, moving_run(click_log, 8), longer, timeout=200)[0]
     return Outcomes(
         resumed={1: one[1][:8], 2: two[1][:8]},
         packed={1: one[1][9:], 2: again[1][1:]},
