@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainer import kernels
+from trainer.config import TableConfig
 from trainer.errors import CheckpointError
 from trainer.idmap import IdMap, Ids, plain
 
@@ -17,11 +19,23 @@ Counts = NDArray[np.integer]
 class Counter(Protocol):
     """What admission needs of a way to count."""
 
+    def totals(self, ids: Ids) -> NDArray[np.int64]:
+        """The counts of int64 ids [n], int64 [n]; 0 for ids never seen; changes nothing."""
+
     def add(self, ids: Ids, counts: Counts) -> NDArray[np.int64]:
         """Adds to the counts of distinct int64 ids [n]; returns what they are then, int64 [n]."""
 
     def forget(self, ids: Ids) -> None:
         """Says that ids need counting no more, because they are admitted or expired."""
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of all that the counter has to remember, by name."""
+
+    def restore(self, states: Sequence[dict[str, NDArray[Any]]], owns: Callable[[Ids], NDArray[np.bool_]]) -> None:
+        """Become what the counters of all owners, whose ``state`` is given, know of the ids that this one owns.
+
+        ``owns(ids)`` marks those. Estimates of a sketch are never too low, and too high at most by those of the others.
+        """
 
 
 class ExactArrays(NamedTuple):
@@ -87,6 +101,28 @@ class ExactCounter:
         self._counts[slots] += counts
         return self._counts[slots]
 
+    def totals(self, ids: Ids) -> NDArray[np.int64]:
+        """The counts of int64 ids [n], int64 [n]; 0 for ids never seen."""
+        slots = self._map.find(ids)
+        found = np.zeros(len(ids), dtype=np.int64)
+        found[slots >= 0] = self._counts[slots[slots >= 0]]
+        return found
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of all that the counter has to remember, by name."""
+        return self.to_arrays()._asdict()
+
+    def restore(self, states: Sequence[dict[str, NDArray[Any]]], owns: Callable[[Ids], NDArray[np.bool_]]) -> None:
+        """Become what the counters of all owners know together of the ids that this one owns."""
+        if len(states) == 1 and owns(states[0]["ids"][states[0]["used"]]).all():
+            self._map = IdMap.from_arrays(states[0]["ids"], states[0]["used"])
+            self._counts = states[0]["counts"].copy()
+            return
+        for arrays in states:
+            ids, counts = arrays["ids"][arrays["used"]], arrays["counts"][arrays["used"]]
+            mine = owns(ids)
+            self.add(ids[mine], counts[mine])
+
     def forget(self, ids: Ids) -> None:
         """Frees the memory of int64 ids [n] for other ids; unknown ones are passed over."""
         slots = self._map.find(ids)
@@ -145,5 +181,22 @@ class CountSketch:
         kernels.add_to_sketch(self._cells, plain(ids), added, totals)
         return totals
 
+    def totals(self, ids: Ids) -> NDArray[np.int64]:
+        """Estimates for int64 ids [n], int64 [n]."""
+        return self.add(ids, np.zeros(len(ids), dtype=np.int64))  # raises no cell
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of all that the counter has to remember, by name."""
+        return {"cells": self.to_array()}
+
+    def restore(self, states: Sequence[dict[str, NDArray[Any]]], owns: Callable[[Ids], NDArray[np.bool_]]) -> None:
+        """Become the highest of all owners' sketches: never too low, as one owner alone has counted an id."""
+        self._cells = np.max([arrays["cells"] for arrays in states], axis=0)
+
     def forget(self, ids: Ids) -> None:
         """Does nothing: the cells are shared with other ids."""
+
+
+def counter_for(rules: TableConfig) -> Counter:
+    """The way of counting that a table's rules name."""
+    return ExactCounter() if rules.admission == "exact" else CountSketch(rules.sketch_width)

@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from trainer.rows import Cursor, RawBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Rows of one id space that a batch is the first to look up: they get their first values before it is."""
+
+    space: str
+    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +31,12 @@ class Batch(Pipelineable):
     dense: Tensor
     """float32 [b, N]."""
 
-    sparse: KeyedJaggedTensor
-    """Row indices of the physical tables; keys are ``space/feature``. Never edited after it is made: the pipeline
-    overlaps its exchange only while it is a plain attribute of the batch."""
+    sparse: dict[str, KeyedJaggedTensor]
+    """Row indices for each collection of tables; keys are ``space/feature``. Never edited after they are made: the
+    pipeline overlaps their exchange only while they are plain items of the batch."""
+
+    fresh: tuple[Fresh, ...]
+    """New ids of exact spaces; stays on the host."""
 
     labels: Tensor
     """float32 [b], 0 or 1."""
@@ -44,7 +58,7 @@ class Batch(Pipelineable):
         return replace(
             self,
             dense=self.dense.to(device, non_blocking=non_blocking),
-            sparse=self.sparse.to(device, non_blocking=non_blocking),
+            sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.sparse.items()},
             labels=self.labels.to(device, non_blocking=non_blocking),
         )
 
@@ -53,12 +67,13 @@ class Batch(Pipelineable):
         return replace(
             self,
             dense=self.dense.pin_memory(),
-            sparse=self.sparse.pin_memory(),
+            sparse={name: ids.pin_memory() for name, ids in self.sparse.items()},
             labels=self.labels.pin_memory(),
         )
 
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that ``stream`` still uses the tensors."""
         self.dense.record_stream(stream)
-        self.sparse.record_stream(stream)
+        for ids in self.sparse.values():
+            ids.record_stream(stream)
         self.labels.record_stream(stream)

@@ -240,6 +240,20 @@ def users_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int
     return ids_of(column, name, place).values
 
 
+def check_time_type(name: str, kind: pa.DataType, file: str) -> None:
+    """Raise DataError unless a column of this type can be a clock."""
+    if not (pa.types.is_timestamp(kind) or pa.types.is_integer(kind)):
+        raise DataError(f"{file}: timestamp column {name!r} is {kind}, expected a timestamp or whole seconds")
+
+
+def seconds_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
+    """A timestamp column in whole seconds, int64 [rows]; integers are taken as seconds."""
+    _refuse_null(column, name, place, "timestamp", "drop the row or give it a time")
+    if pa.types.is_timestamp(column.type):
+        column = column.cast(pa.timestamp("s", column.type.tz), safe=False)
+    return column.cast(pa.int64()).to_numpy()
+
+
 def probabilities_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.float64]:
     """A column of probabilities, float64 [rows], each in [0, 1]."""
     _refuse_null(column, name, place, "probability", "write it anew or leave data.probability empty")

@@ -39,11 +39,41 @@ class TableConfig:
     dim: int = 16
     """Columns of a row as the model sees them; any width (the kernels' multiple of 4 is taken care of)."""
 
-    ids: Literal["identity", "hashed"] = "hashed"
-    """``identity``: the id is the row number. ``hashed``: any int64 id, fixed rows, collisions accepted."""
+    ids: Literal["identity", "hashed", "exact"] = "hashed"
+    """``identity``: the id is the row number. ``hashed``: any int64 id, fixed rows, collisions accepted and said so.
+    ``exact``: any int64 id, no collisions; a new id gets the next free row, and the table grows."""
 
     rows: int = 1_000_000
-    """Capacity: rows over all ranks."""
+    """Rows over all ranks to begin with; ``hashed`` tables stay there."""
+
+    max_rows: int = 0
+    """Rows over all ranks at which growth stops and ``evict`` begins. 0: ``exact`` tables grow while memory lasts, and
+    ``identity`` tables stay at ``rows``."""
+
+    growth_factor: float = 2.0
+    """What the capacity is multiplied by when the table is full; more where one batch needs more."""
+
+    admit_after: int = 1
+    """Sightings of an id before it gets a row; until then it trains the table's shared cold row (``exact``)."""
+
+    admission: Literal["exact", "sketch"] = "exact"
+    """How sightings are counted: each id by itself, or in a sketch of fixed memory that never counts too few."""
+
+    sketch_width: int = 1 << 20
+    """Counters in each of the four rows of the sketch, per rank; 4 bytes each."""
+
+    evict: Literal["none", "lru", "lfu"] = "none"
+    """What happens when the table is full and may not grow: stop with a saved checkpoint and an error, or take the rows
+    of the ids seen least recently, or least often (``exact``)."""
+
+    evict_fraction: float = 0.05
+    """Part of a full table's rows that one eviction frees; evictions wait for the batches in flight."""
+
+    expire_after: int = 0
+    """Age, in ``expire_unit``, at which ids that are no longer seen lose their rows, once per segment; 0 never."""
+
+    expire_unit: Literal["steps", "seconds"] = "steps"
+    """``seconds`` are those of the column ``data.timestamp``."""
 
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a multi-valued feature become one."""
@@ -63,6 +93,20 @@ class TableConfig:
         require(self.dim >= 1, f"dim is {self.dim}, expected 1 or more")
         require(self.rows >= 1, f"rows is {self.rows}, expected 1 or more")
         require(self.rows < 1 << 40, f"rows is {self.rows}, expected fewer than 2**40")
+        require(
+            self.max_rows == 0 or self.max_rows >= self.rows,
+            f"max_rows is {self.max_rows}, expected 0 or at least rows = {self.rows}",
+        )
+        require(self.growth_factor > 1, f"growth_factor is {self.growth_factor}, expected above 1")
+        require(self.admit_after >= 1, f"admit_after is {self.admit_after}, expected 1 or more")
+        require(self.sketch_width >= 1, f"sketch_width is {self.sketch_width}, expected 1 or more")
+        require(0 < self.evict_fraction <= 1, f"evict_fraction is {self.evict_fraction}, expected above 0, at most 1")
+        require(self.expire_after >= 0, f"expire_after is {self.expire_after}, expected 0 or more")
+        if self.ids != "exact":
+            for name, off in (("admit_after", 1), ("evict", "none"), ("expire_after", 0)):
+                value = getattr(self, name)
+                require(value == off, f"{name} is {value!r}, which needs ids = 'exact'; ids is {self.ids!r}")
+        require(self.ids != "hashed" or not self.max_rows, "max_rows is set, but a table of ids = 'hashed' never grows")
         if self.role == "linear":
             require(self.dim == 1, f"dim is {self.dim}, expected 1 for a table of role 'linear'")
         if "data_parallel" in self.sharding:
@@ -149,6 +193,9 @@ class DataConfig:
 
     transforms: tuple[TransformConfig, ...] = ()
     """Rules for dense columns; a column that no rule matches is taken as it is, and a null in it is an error."""
+
+    timestamp: str = ""
+    """Integer (seconds) or timestamp column: the clock of ``expire_unit = "seconds"``; empty for none."""
 
     user: str = ""
     """Integer or string column that groups rows for GAUC; empty for none."""
@@ -277,6 +324,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
+    rename: dict[str, str] = field(default_factory=dict)
+    """Old name -> public name, for ``import``: what a state dict calls otherwise. Changes nothing else."""
+
     def __post_init__(self) -> None:
         require(bool(self.output), "output is empty, expected the name of a folder")
         require(bool(self.tables), "tables is empty, expected at least one [[tables]] section")
@@ -292,6 +342,11 @@ class RunConfig:
             len(dims) <= 1,
             f"tables: role 'embedding' has dims {sorted(dims)}; one [B, F, D] needs the same dim in all of them",
         )
+        for number, table in enumerate(self.tables):
+            require(
+                not table.expire_after or table.expire_unit == "steps" or bool(self.data.timestamp),
+                f"tables[{number}].expire_unit is 'seconds', which needs data.timestamp, the column of times",
+            )
         if self.evaluation.metric == "gauc":
             require(
                 bool(self.data.user),

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.columns import Ids, dense_of, ids_of, labels_of, probabilities_of, users_of
+from trainer.columns import Ids, dense_of, ids_of, labels_of, probabilities_of, seconds_of, users_of
 from trainer.config import DataConfig
 from trainer.dataset import Dataset, RowGroupReader
 from trainer.errors import DataError
@@ -82,6 +82,7 @@ class _Rows:
     labels: NDArray[np.float32]
     users: NDArray[np.int64] | None
     probability: NDArray[np.float64] | None
+    seconds: NDArray[np.int64] | None
     row_numbers: NDArray[np.int64]
 
     def take(self, rows: NDArray[np.int64]) -> _Rows:
@@ -92,6 +93,7 @@ class _Rows:
             labels=self.labels[rows],
             users=None if self.users is None else self.users[rows],
             probability=None if self.probability is None else self.probability[rows],
+            seconds=None if self.seconds is None else self.seconds[rows],
             row_numbers=self.row_numbers[rows],
         )
 
@@ -133,13 +135,14 @@ class _Decoder:
         dense = np.empty((group.rows, len(self._rules)), dtype=np.float32)
         for number, (name, rule) in enumerate(self._rules):
             dense[:, number] = dense_of(table.column(name), name, place, rule)
-        user, probability = columns.user, columns.probability
+        user, probability, time = columns.user, columns.probability, columns.timestamp
         return _Rows(
             sparse=tuple(ids_of(table.column(name), name, place) for name in columns.sparse),
             dense=dense,
             labels=labels_of(table.column(columns.label), columns.label, place),
             users=users_of(table.column(user), user, place) if user else None,
             probability=probabilities_of(table.column(probability), probability, place) if probability else None,
+            seconds=seconds_of(table.column(time), time, place) if time else None,
             row_numbers=np.arange(group.first_row, group.first_row + group.rows),
         )
 
@@ -202,6 +205,7 @@ def _assembled(cuts: Sequence[_Cut], columns: Columns, size: int, global_rows: i
         users=users,
         probability=probability,
         row_numbers=_joined([cut.of(cut.rows.row_numbers) for cut in cuts], np.full(padding, -1)),
+        now=max((int(cut.of(cut.rows.seconds).max()) for cut in cuts if cut.rows.seconds is not None), default=0),
         num_rows=num_rows,
         global_rows=global_rows,
         cursor=cursor,

@@ -1,54 +1,68 @@
-"""Batches ahead of training: read, mapped and agreed on by all ranks, on a thread of their own.
+"""Batches ahead of training: mapped, and agreed on by all ranks, on a thread of their own.
 
-All ranks end together: at the end of the data, when one asks to stop, or with the same error when one fails. Without
-that, a rank that fails would leave the others waiting in the next all-to-all.
+The mapping changes what the ids' owners know, so it never goes past what training has asked for (``segment``): where a
+segment ends, the vocabularies are those of the last batch trained. All ranks pause, end and fail together: at the same
+batch, for the same reason. Without that, a rank that fails would leave the others waiting in the next all-to-all.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import queue
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 
-import torch
-import torch.distributed as dist
-
 from trainer.batch import Batch
-from trainer.config import DataConfig
-from trainer.data import read_batches, steps_per_epoch
-from trainer.dataset import Dataset
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
+from trainer.exchange import Exchange
+from trainer.mapping import Mapper, Question
 from trainer.prefetch import Prefetcher
-from trainer.rows import Cursor
-from trainer.schema import Columns
-from trainer.state import TrainState
-from trainer.vocabulary import Mapper
-from trainer.world import World
+from trainer.rows import RawBatch
 
 
-def _never() -> bool:
-    return False
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The next batch needs more room: everything before it must be trained first. ``resume`` goes on."""
+
+    stripes: dict[str, int]
+    """By id space that is too small: the stripe that the batch needs at least."""
+
+
+class _Closed(Exception):
+    """The feed was closed while its thread waited."""
 
 
 class Feed:
-    """An iterator of batches, prepared on a thread; a context manager. Every rank makes and leaves it alike."""
+    """Iterators of batches, prepared on a thread; a context manager. Every rank makes and leaves it alike."""
 
     def __init__(
         self,
-        batches: Iterator[Batch],
-        world: World,
+        raw: Iterator[RawBatch],
+        mapper: Mapper,
+        exchange: Exchange,
         *,
         depth: int,
-        wants_stop: Callable[[], bool] = _never,
+        wants_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``depth``: batches prepared ahead. ``wants_stop``: asked before each batch; True on one rank ends all."""
+        """``depth``: batches read, and batches mapped, ahead.
+
+        ``wants_stop`` is asked before each batch; True on one rank ends the feed on all.
+        """
         self.stopped = False
         """Whether the feed ended because a rank asked for it."""
-        self._batches = batches
-        self._wants_stop = wants_stop
-        self._world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self._prefetcher = Prefetcher(self._agreed(), depth)
+        self.ended = False
+        """Whether no more batches will come."""
+        self.pause: Pause | None = None
+        """Why the last iterator ended early, if it did."""
+        self._mapper, self._exchange, self._wants_stop = mapper, exchange, wants_stop
+        self._seconds = 0
+        self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._raw = Prefetcher(raw, depth, "read")
+        self._mapped: Prefetcher[Batch | Pause] = Prefetcher(self._batches(), depth, "map")
 
     def __enter__(self) -> Feed:
         return self
@@ -56,98 +70,106 @@ class Feed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, UserError) and self._group is not None:
-            return  # a bug on this rank alone: the others may never answer, and the thread dies with the process
-        self._prefetcher.close()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
+        self._closing.set()
+        self._tickets.put(False)
+        self._replies.put(None)
+        if error is not None and not isinstance(error, UserError):
+            return  # a bug on this rank alone: the others may never answer, and the threads die with the process
+        self._mapped.close()
+        self._raw.close()
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def segment(self, length: int) -> None:
+        """Allow ``length`` more batches to be mapped; ``batches`` hands them out."""
+        for _ in range(length):
+            self._tickets.put(True)
 
-    def __next__(self) -> Batch:
-        return next(self._prefetcher)
+    def batches(self, length: int) -> Iterator[Batch]:
+        """At most ``length`` of the allowed batches; fewer where the feed pauses or ends."""
+        self.pause = None
+        return islice(self._until_pause(), length)
 
-    def _agreed(self) -> Iterator[Batch]:
-        """The batches, one round of agreement before each; who is closed early says so in a last round."""
+    def _until_pause(self) -> Iterator[Batch]:
+        for item in self._mapped:
+            if isinstance(item, Pause):
+                self.pause = item
+                return
+            yield item
+        self.ended = True
+
+    def resume(self, *, evict: bool) -> None:
+        """Go on after a pause: the tables have grown, or with ``evict`` the owners make room in them."""
+        self._replies.put(evict)
+
+    def _batches(self) -> Iterator[Batch | Pause]:
+        """What the mapping thread does; each step is a round in which all ranks take part."""
         try:
-            while True:
-                batch, failure = self._attempt()
-                ends, fails, stops = self._round(batch is None, failure is not None, self._wants_stop())
+            while self._tickets.get():
+                raw, failure = self._next_raw()
+                ends, fails, stops = self._agree(raw is None, failure is not None, self._wants_stop())
                 if fails:
-                    raise self._first_failure(failure)
-                self.stopped = bool(stops)
-                if batch is None or ends or stops:
+                    raise self._first(failure)
+                if raw is None or ends or stops:
+                    self.stopped = bool(stops)
                     return
-                yield batch
-        except GeneratorExit:
-            self._round(False, False, True)
-            raise
+                questions = self._ask(raw)
+                while pause := self._too_small(raw, questions):
+                    yield pause
+                    self._make_room(questions, pause)
+                    questions = self._ask(raw)
+                yield self._mapper.answer(raw, questions, self._seconds)
+        except _Closed:
+            return
 
-    def _attempt(self) -> tuple[Batch | None, UserError | None]:
+    def _next_raw(self) -> tuple[RawBatch | None, UserError | None]:
         try:
-            return next(self._batches, None), None
+            return next(self._raw, None), None
         except UserError as failure:
             return None, failure
 
-    def _round(self, *flags: bool) -> list[int]:
-        counts = torch.tensor(flags, dtype=torch.int32)
-        if self._group is not None:
-            dist.all_reduce(counts, group=self._group)
-        return [int(count) for count in counts.tolist()]
+    def _ask(self, raw: RawBatch) -> list[Question]:
+        """What the batch needs, in a form that all ranks have agreed on."""
+        questions, failure = None, None
+        try:
+            questions = self._mapper.ask(raw)
+        except DataError as error:
+            failure = error
+        if self._agree(failure is not None)[0] or questions is None:
+            raise self._first(failure)
+        return questions
 
-    def _first_failure(self, own: UserError | None) -> UserError:
-        failures: list[UserError | None] = [own] * self._world.size
-        if self._group is not None:
-            dist.all_gather_object(failures, own, group=self._group)
-        return next(failure for failure in failures if failure is not None)
+    def _too_small(self, raw: RawBatch, questions: list[Question]) -> Pause | None:
+        """The stripes that all ranks together need, where they are more than there are."""
+        states = self._mapper.states
+        numbers = [question.needed for question in questions] + [question.ids_seen for question in questions]
+        *highest, self._seconds = self._exchange.highest([*numbers, raw.now])
+        needed = {
+            state.name: need
+            for state, need in zip(states, highest, strict=False)
+            if self._mapper.learns and need > state.space.stripe
+        }
+        if needed:
+            return Pause(needed)
+        if self._mapper.learns:
+            self._mapper.note_ids_seen(highest[len(states) :])
+        return None
 
+    def _make_room(self, questions: list[Question], pause: Pause) -> None:
+        evict = self._replies.get()
+        if evict is None or self._closing.is_set():
+            raise _Closed
+        failure = None
+        try:
+            if evict:
+                self._mapper.evict(questions)
+        except DataError as error:
+            failure = error
+        if self._agree(failure is not None)[0]:
+            raise self._first(failure)
 
-def training_feed(
-    dataset: Dataset,
-    columns: Columns,
-    data: DataConfig,
-    state: TrainState,
-    *,
-    seed: int,
-    start: Cursor,
-    wants_stop: Callable[[], bool],
-) -> Feed:
-    """Batches of the training data from ``start`` to the end of the epochs."""
-    raw = read_batches(
-        dataset,
-        columns,
-        data,
-        seed=seed,
-        rank=state.world.rank,
-        world_size=state.world.size,
-        start=start,
-        epochs=data.epochs,
-        shuffle=data.shuffle,
-    )
-    mapper = Mapper(state.spaces, columns.sparse, dataset.place_of)
-    return Feed(map(mapper, raw), state.world, depth=data.prefetch_batches, wants_stop=wants_stop)
+    def _agree(self, *flags: bool) -> list[int]:
+        return self._exchange.highest([int(flag) for flag in flags])
 
-
-def scoring_feed(dataset: Dataset, columns: Columns, data: DataConfig, state: TrainState) -> tuple[Feed, int]:
-    """Every row once, in the order of the files, and the number of steps that this takes.
-
-    One stream per rank: metrics do not depend on how rows are spread, so any number of ranks will do.
-    """
-    world = state.world
-    rows = -(-data.global_batch_size // world.size) * world.size
-    data = dataclasses.replace(data, streams=world.size, global_batch_size=rows)
-    raw = read_batches(
-        dataset,
-        columns,
-        data,
-        seed=0,
-        rank=world.rank,
-        world_size=world.size,
-        start=Cursor(0, 0),
-        epochs=1,
-        shuffle=False,
-    )
-    mapper = Mapper(state.spaces, columns.sparse, dataset.place_of)
-    feed = Feed(map(mapper, raw), world, depth=data.prefetch_batches)
-    return feed, steps_per_epoch(dataset, data)
+    def _first(self, own: UserError | None) -> UserError:
+        """The failure of the lowest failing rank."""
+        failures = self._exchange.gather_objects(own)
+        return next(failure for failure in failures if isinstance(failure, UserError))

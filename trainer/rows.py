@@ -23,6 +23,15 @@ class Cursor:
     """Global batches of this epoch that are complete."""
 
 
+def steps_before(cursor: Cursor, epoch_steps: int) -> int:
+    """Steps of the run that lie before a cursor.
+
+    >>> steps_before(Cursor(epoch=2, step=3), 10)
+    23
+    """
+    return cursor.epoch * epoch_steps + cursor.step
+
+
 @dataclass(frozen=True, slots=True)
 class RawBatch:
     """One rank's part of a global batch: real rows first, then padding (weight 0, no ids, label 0).
@@ -50,6 +59,9 @@ class RawBatch:
 
     row_numbers: NDArray[np.int64]
     """Place of each row among all rows of the data set as its sorted files list them, [b]; -1 is padding."""
+
+    now: int
+    """The latest ``data.timestamp`` of these rows in whole seconds; 0 without that column."""
 
     num_rows: int
     """Real rows on this rank."""

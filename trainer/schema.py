@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trainer.columns import check_number_type, check_sparse_type, check_user_type, numbers_of, plain_type
+from trainer.columns import (
+    check_number_type,
+    check_sparse_type,
+    check_time_type,
+    check_user_type,
+    numbers_of,
+    plain_type,
+)
 from trainer.config import DataConfig, TableConfig, TransformConfig
 from trainer.dataset import DataFile, Dataset, RowGroupReader
 from trainer.errors import DataError
@@ -37,10 +44,13 @@ class Columns:
     probability: str = ""
     """Empty for none."""
 
+    timestamp: str = ""
+    """Empty for none."""
+
     @property
     def names(self) -> tuple[str, ...]:
         """All columns to read, each once."""
-        every = (*self.sparse, *self.dense, self.label, self.user, self.probability)
+        every = (*self.sparse, *self.dense, self.label, self.user, self.probability, self.timestamp)
         return tuple(dict.fromkeys(name for name in every if name))
 
 
@@ -60,6 +70,7 @@ def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Da
         label=_named(data.labels[0], known, "data.labels", file),
         user=_named(data.user, known, "data.user", file),
         probability=_named(data.probability, known, "data.probability", file),
+        timestamp=_named(data.timestamp, known, "data.timestamp", file),
     )
     _refuse_leaks(columns)
     _check_types(columns, file)
@@ -221,6 +232,8 @@ def _check_types(columns: Columns, file: DataFile) -> None:
         check_user_type(columns.user, kind(columns.user), file.path)
     if columns.probability:
         check_number_type(columns.probability, kind(columns.probability), file.path, "probability")
+    if columns.timestamp:
+        check_time_type(columns.timestamp, kind(columns.timestamp), file.path)
 
 
 def _check_column(name: str, file: DataFile, first: DataFile) -> None:

@@ -1,0 +1,300 @@
+"""Raw batches to batches of row indices: the mapping stage, ahead of training, for all id spaces of a run.
+
+A batch is mapped in two halves. ``ask`` learns what it needs (distinct ids to their owners) and changes nothing;
+``answer`` gives the rows. Between them the caller can make room: grow tables, or evict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from trainer.batch import Batch, Fresh
+from trainer.errors import DataError
+from trainer.exchange import Exchange, Received
+from trainer.idmap import Deduplicator
+from trainer.rows import Cursor, RawBatch
+from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace
+from trainer.vocabulary import COLD, Events, Request, Vocabulary
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class SpaceState:
+    """One id space as this rank's mapping stage knows it; its stripe changes when its tables grow."""
+
+    space: IdSpace
+    vocabulary: Vocabulary | None
+    """For ``exact`` spaces: the ids that this rank owns."""
+
+    ids_seen: int
+    """For ``identity`` and ``hashed`` spaces: one past the highest logical id in use, over all ranks."""
+
+    holders_everywhere: bool
+    """Whether some table of the space has rows of this rank's stripe on other ranks: then all hear of new ids."""
+
+    unknown: Events = field(default_factory=Events)
+
+    @property
+    def name(self) -> str:
+        """The space's name."""
+        return self.space.name
+
+    def slots_used(self, owner: int, rank: int) -> int:
+        """One past the highest slot used of an owner; for ``exact`` spaces only this rank's is known."""
+        if self.vocabulary is None:
+            return self.space.slots_below(owner, self.ids_seen)
+        if owner != rank:
+            raise ValueError(f"rank {rank} does not know the slots of owner {owner}")
+        return self.vocabulary.slots_used
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One space's part of a batch, before rows are given."""
+
+    ids: Int64s
+    """As they stand in the batch."""
+
+    inverse: NDArray[np.int32] | None
+    """Place of each among the distinct ones, for ``exact`` spaces."""
+
+    received: Received | None
+    merged: NDArray[np.int32] | None
+    """Place of each received id among the request's distinct ones; None where they are those, from one rank."""
+
+    request: Request | None
+    needed: int
+    """The stripe that the batch needs, as far as this rank knows."""
+
+    ids_seen: int = 0
+    """For ``identity`` spaces in training: one past the highest id of the batch on this rank."""
+
+
+class Tables(Protocol):
+    """What the mapping must know of the tables; they may grow and be regrouped while it pauses."""
+
+    @property
+    def spaces(self) -> Mapping[str, SpaceState]:
+        """By name, in an order that stays."""
+
+    def spaces_by_collection(self) -> Mapping[str, Sequence[str]]:
+        """Names of the spaces that each collection of tables reads, in the order of its tables."""
+
+    def step_after(self, cursor: Cursor) -> int:
+        """Steps of the run that lie before a cursor."""
+
+
+class Mapper:
+    """Maps raw batches for training, or for scoring, which changes nothing: unknown ids read the cold row."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        features: Sequence[str],
+        place: Callable[[int], str],
+        exchange: Exchange,
+        *,
+        learns: bool,
+    ) -> None:
+        """``features``: sparse columns of the raw batch. ``place(row_number)`` names a row in messages."""
+        self.states = tuple(tables.spaces.values())
+        self.learns = learns
+        self._tables = tables
+        self._features = tuple(features)
+        self._place = place
+        self._exchange = exchange
+        self._distinct = Deduplicator()
+        number_of = {feature: number for number, feature in enumerate(features)}
+        self._numbers = [[number_of[feature] for feature in state.space.features] for state in self.states]
+
+    def ask(self, raw: RawBatch) -> list[Question]:
+        """What the batch needs of each space. Collective where a space is ``exact``.
+
+        Raises:
+            DataError: an id does not fit its table; the message has feature, table, id and row.
+        """
+        return [self._ask(state, numbers, raw) for state, numbers in zip(self.states, self._numbers, strict=True)]
+
+    def _ask(self, state: SpaceState, numbers: list[int], raw: RawBatch) -> Question:
+        ids = _ids_of(raw, numbers)
+        vocabulary = state.vocabulary
+        if vocabulary is None:
+            needed = self._stripe_for(state, ids, numbers, raw)
+            counts = self.learns and state.space.kind == "identity"
+            return Question(ids, None, None, None, None, needed, int(ids.max(initial=-1)) + 1 if counts else 0)
+        distinct = self._distinct(ids)
+        received = self._exchange.to_owners(distinct.ids, distinct.counts.astype(np.int64))
+        asked, sightings, merged = self._merge(received)
+        request = vocabulary.prepare(asked, sightings)
+        needed = vocabulary.slots_needed(request) if self.learns else 0
+        return Question(ids, distinct.inverse, received, merged, request, needed)
+
+    def _merge(self, received: Received) -> tuple[Int64s, Int64s, NDArray[np.int32] | None]:
+        """Distinct ids that were received, their sightings on all ranks, and the place of each received one."""
+        ids, counts = (np.ascontiguousarray(column) for column in received.columns.T)
+        if len(received.from_ranks) == 1:
+            return ids, counts, None
+        merged = self._distinct(ids)
+        sightings = np.bincount(merged.inverse, weights=counts, minlength=len(merged.ids))
+        return merged.ids, sightings.astype(np.int64), merged.inverse
+
+    def _stripe_for(self, state: SpaceState, ids: Int64s, numbers: list[int], raw: RawBatch) -> int:
+        """The stripe that an ``identity`` or ``hashed`` space needs for these ids."""
+        if state.space.kind == "hashed" or not len(ids):
+            return state.space.stripe
+        # One comparison finds both ends: a negative id is huge as an unsigned one.
+        outside = ids.view(np.uint64) >= np.uint64(_most_ids(state.space))
+        if outside.any() and (self.learns or ids.min() < 0):
+            at = int((outside if self.learns else ids < 0).argmax())
+            raise DataError(
+                f"{self._explain(numbers, raw, at)}: id {ids[at]} is not a row of table {state.name!r}, which has "
+                f"ids = 'identity' and rows 0 to {_most_ids(state.space) - 1}; raise the table's max_rows or use "
+                "ids = 'exact'"
+            )
+        highest = int(ids.max())
+        return max(state.space.stripe, highest // state.space.world_size + 1 + FIRST_SLOT) if self.learns else 0
+
+    def _explain(self, numbers: list[int], raw: RawBatch, index: int) -> str:
+        """File, row and feature of an id of a space by its place among the space's ids."""
+        counts = raw.lengths[numbers].sum(axis=1, dtype=np.int64)
+        ends = counts.cumsum()
+        at = int(np.searchsorted(ends, index, side="right"))
+        within = index - int(ends[at] - counts[at])
+        row = int(np.searchsorted(raw.lengths[numbers[at]].cumsum(), within, side="right"))
+        return f"{self._place(int(raw.row_numbers[row]))}, feature {self._features[numbers[at]]!r}"
+
+    def note_ids_seen(self, highest: Sequence[int]) -> None:
+        """``identity`` spaces: one past the highest id of the batch on any rank, in the order of the spaces."""
+        for state, ids_seen in zip(self.states, highest, strict=True):
+            if state.space.kind == "identity":
+                state.ids_seen = max(state.ids_seen, ids_seen)
+
+    def evict(self, questions: Sequence[Question]) -> None:
+        """Free rows of this owner's tables where the batch finds too few.
+
+        Raises:
+            DataError: the batch alone needs more rows than there are.
+        """
+        for state, question in zip(self.states, questions, strict=True):
+            if state.vocabulary is not None and question.request is not None and question.needed > state.space.stripe:
+                state.vocabulary.evict(question.request, state.space.stripe)
+
+    def answer(self, raw: RawBatch, questions: Sequence[Question], seconds: int) -> Batch:
+        """The batch of row indices. Collective where a space is ``exact``.
+
+        ``seconds``: the latest ``data.timestamp`` of the batch's rows on any rank.
+        """
+        rows, fresh = {}, []
+        now = {"steps": self._tables.step_after(raw.cursor), "seconds": seconds}
+        for state, question in zip(self.states, questions, strict=True):
+            if question.request is None:
+                rows[state.name] = self._formula_rows(state, question.ids)
+            else:
+                rows[state.name], new = self._given_rows(
+                    state, question, question.request, now[state.space.rules.expire_unit]
+                )
+                fresh += [new] if new is not None else []
+        return Batch(
+            dense=torch.from_numpy(raw.dense),
+            sparse={
+                collection: self._jagged(names, rows, raw.lengths)
+                for collection, names in self._tables.spaces_by_collection().items()
+            },
+            fresh=tuple(fresh),
+            labels=torch.from_numpy(raw.labels),
+            num_rows=raw.num_rows,
+            global_rows=raw.global_rows,
+            cursor=raw.cursor,
+            raw=raw,
+        )
+
+    def _formula_rows(self, state: SpaceState, ids: Int64s) -> Int64s:
+        space = state.space
+        if space.kind == "hashed":
+            return space.rows_of(space.hashed(ids))
+        if self.learns:
+            return space.rows_of(ids)
+        known = ids < state.ids_seen
+        state.unknown.unknown += int(len(ids) - np.count_nonzero(known))
+        return np.where(known, space.rows_of(ids), COLD_ROW)
+
+    def _given_rows(
+        self, state: SpaceState, question: Question, request: Request, now: int
+    ) -> tuple[Int64s, Fresh | None]:
+        """Rows of the batch's ids, and the rows that need first values on this rank."""
+        vocabulary, received, fresh = state.vocabulary, question.received, None
+        if vocabulary is None or received is None or question.inverse is None:
+            raise TypeError("an exact space was asked without its vocabulary")
+        slots = request.slots
+        if self.learns:
+            given = vocabulary.commit(request, now)
+            slots = given.slots
+            fresh = self._fresh(state, slots[given.new], request.ids[given.new])
+        else:
+            state.unknown.unknown += int(request.counts[slots == COLD].sum())
+        answers = self._exchange.to_askers(received, slots if question.merged is None else slots[question.merged])
+        owners = _owners_of_answers(received)
+        rows = np.where(answers == COLD, COLD_ROW, owners * state.space.stripe + answers)
+        return rows[question.inverse], fresh
+
+    def _fresh(self, state: SpaceState, slots: Int64s, ids: Int64s) -> Fresh:
+        rank = self._exchange.rank
+        columns = np.stack([rank * state.space.stripe + slots, ids], axis=1)
+        if state.holders_everywhere:
+            columns = self._exchange.to_all(columns)
+        return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
+
+    def _jagged(self, names: Sequence[str], rows: dict[str, Int64s], lengths: NDArray[np.int32]) -> KeyedJaggedTensor:
+        """Everything that TorchRec would otherwise compute again each step is given to it."""
+        numbered = dict(
+            zip((state.name for state in self.states), zip(self.states, self._numbers, strict=True), strict=True)
+        )
+        chosen = [numbered[name] for name in names]
+        parts = [rows[state.name] for state, _ in chosen]
+        order = [number for _, numbers in chosen for number in numbers]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        flat = lengths[order].reshape(-1)
+        offsets = np.zeros(len(flat) + 1, dtype=np.int32)
+        np.cumsum(flat, out=offsets[1:])
+        ends = offsets[:: lengths.shape[1]].tolist()
+        return KeyedJaggedTensor(
+            keys=[key for state, _ in chosen for key in state.space.keys],
+            values=torch.from_numpy(values),
+            lengths=torch.from_numpy(flat),
+            offsets=torch.from_numpy(offsets),
+            stride=lengths.shape[1],
+            length_per_key=[after - before for before, after in pairwise(ends)],
+            offset_per_key=ends,
+        )
+
+
+def _ids_of(raw: RawBatch, numbers: list[int]) -> Int64s:
+    """Ids of some features of the batch, in their order; one slice where the features stand together."""
+    counts = raw.lengths.sum(axis=1, dtype=np.int64)
+    ends = counts.cumsum()
+    first, last = numbers[0], numbers[-1]
+    if numbers == list(range(first, last + 1)):
+        return raw.ids[ends[first] - counts[first] : ends[last]]
+    return np.concatenate([raw.ids[ends[number] - counts[number] : ends[number]] for number in numbers])
+
+
+def _most_ids(space: IdSpace) -> int:
+    """How many logical ids an ``identity`` space may have."""
+    rules = space.rules
+    return rules.max_rows or rules.rows
+
+
+def _owners_of_answers(received: Received) -> Int64s:
+    """The owner that answered each of this rank's distinct ids."""
+    owners = np.empty(len(received.order), dtype=np.int64)
+    owners[received.order] = np.repeat(np.arange(len(received.to_ranks)), received.to_ranks)
+    return owners
