@@ -1,34 +1,27 @@
-"""Scores a data set with the live state: every row exactly once, on any number of ranks."""
+"""Scores a data set with the live state: every row exactly once, on any number of ranks; changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from trainer.config import DataConfig
+from trainer.data import read_batches, steps_per_epoch
 from trainer.dataset import Dataset
-from trainer.feed import scoring_feed
+from trainer.exchange import Exchange
+from trainer.feed import Feed
+from trainer.mapping import Mapper
 from trainer.predictions import Predictions, evaluate_everywhere
+from trainer.rows import Cursor
 from trainer.schema import Columns
 from trainer.state import TrainState
 from trainer.task import Prediction
 
-Pipeline: TypeAlias = TrainPipelineSparseDist  # of Batch and Prediction
-
-
-def build_pipeline(state: TrainState) -> Pipeline:
-    """TorchRec's pipeline around the state: overlaps the exchange of ids with the step before.
-
-    One pipeline trains and scores: it skips backward and optimizer when the model is in evaluation mode.
-    """
-    return TrainPipelineSparseDist(state.model, state.optimizer, state.world.device, execute_all_batches=True)
-
 
 def score(
-    pipeline: Pipeline,
     state: TrainState,
     dataset: Dataset,
     columns: Columns,
@@ -38,8 +31,9 @@ def score(
 ) -> dict[str, float]:
     """Metrics of every row of ``dataset`` under ``prefix``, equal on every rank. Collective.
 
-    With a probability column, also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the
-    generating probability itself reaches on these rows. ``tick(rows)`` is told of rows as they are done.
+    Ids without a row read the cold row; ``{prefix}_unknown_ids`` counts their sightings. With a probability column,
+    also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the generating probability itself
+    reaches on these rows. ``tick(rows)`` is told of rows as they are done.
 
     Raises:
         DataError: a row cannot be read. MetricError: the rows are all of one class.
@@ -47,12 +41,12 @@ def score(
     device = state.world.device
     scored = Predictions(device, with_users=bool(columns.user))
     possible = Predictions(device)
-    feed, steps = scoring_feed(dataset, columns, data, state)
     state.model.eval()
     try:
-        with feed, torch.no_grad():
+        with _rows_once(state, dataset, columns, data) as (feed, steps), torch.no_grad():
+            batches = feed.batches(steps)
             for _ in range(steps):
-                prediction = pipeline.progress(feed)
+                prediction = state.pipeline.progress(batches)
                 _add(scored, prediction, device, bool(columns.user))
                 if columns.probability:
                     _add_possible(possible, prediction, device)
@@ -63,7 +57,38 @@ def score(
     if columns.probability:
         best = evaluate_everywhere(possible, prefix)
         report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
-    return report
+    return report | {f"{prefix}_unknown_ids": float(state.take_unknown())}
+
+
+@contextmanager
+def _rows_once(state: TrainState, dataset: Dataset, columns: Columns, data: DataConfig) -> Iterator[tuple[Feed, int]]:
+    """Every row once, in the order of the files, and the number of steps that this takes.
+
+    One stream per rank: metrics do not depend on how rows are spread, so any number of ranks will do.
+    """
+    world = state.world
+    rows = -(-data.global_batch_size // world.size) * world.size
+    data = dataclasses.replace(data, streams=world.size, global_batch_size=rows)
+    steps = steps_per_epoch(dataset, data)
+    raw = read_batches(
+        dataset,
+        columns,
+        data,
+        seed=0,
+        rank=world.rank,
+        world_size=world.size,
+        start=Cursor(0, 0),
+        epochs=1,
+        shuffle=False,
+    )
+    exchange = Exchange(world.rank, world.size)
+    mapper = Mapper(state, columns.sparse, dataset.place_of, exchange, learns=False)
+    try:
+        with Feed(raw, mapper, exchange, depth=data.prefetch_batches) as feed:
+            feed.segment(steps)
+            yield feed, steps
+    finally:
+        exchange.close()
 
 
 def _add(scored: Predictions, prediction: Prediction, device: torch.device, with_users: bool) -> None:

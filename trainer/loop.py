@@ -6,21 +6,26 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 from trainer import checkpoint
+from trainer.batch import Batch
 from trainer.config import RunConfig
-from trainer.data import spans_of, steps_per_epoch
+from trainer.data import read_batches, spans_of, steps_per_epoch
 from trainer.evaluation import score
-from trainer.feed import Feed, training_feed
+from trainer.exchange import Exchange
+from trainer.feed import Feed, Pause
+from trainer.growth import CannotGrowError, grow
+from trainer.mapping import Mapper
 from trainer.metrics import ClickSums
+from trainer.occupancy import Growths, describe_growth, table_values
 from trainer.report import Report, progress_bar, segment_line
-from trainer.rows import Cursor
+from trainer.rows import RawBatch, steps_before
 from trainer.run import Run, describe
+from trainer.state import TrainState
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -52,15 +57,6 @@ def boundaries(first: int, total_steps: int, epoch_steps: int, config: RunConfig
         yield step
 
 
-def steps_before(cursor: Cursor, epoch_steps: int) -> int:
-    """Steps of the run that lie before a cursor.
-
-    >>> steps_before(Cursor(epoch=2, step=3), 10)
-    23
-    """
-    return cursor.epoch * epoch_steps + cursor.step
-
-
 def total_steps_of(config: RunConfig, epoch_steps: int) -> int:
     """Steps of the whole run."""
     steps = epoch_steps * config.data.epochs
@@ -87,7 +83,7 @@ class _Session:
         self.cursor = run.cursor
         self.evaluations = list(run.evaluations)
         self.interrupted = False
-        self._saved = run.cursor if self.step else None
+        self._saved = run.cursor if run.is_saved else None
         """Where the newest checkpoint goes on."""
 
     @property
@@ -124,13 +120,13 @@ class _Session:
         run, data = self._run, self._run.inputs
         if self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
             return
-        feed = training_feed(
-            data.train,
-            data.columns,
-            run.config.data,
-            run.state,
-            seed=run.config.seed,
-            start=self.cursor,
+        exchange = Exchange(run.state.world.rank, run.state.world.size)
+        mapper = Mapper(run.state, data.columns.sparse, data.train.place_of, exchange, learns=True)
+        feed = Feed(
+            self._rows_to_train(),
+            mapper,
+            exchange,
+            depth=run.config.data.prefetch_batches,
             wants_stop=wants_stop.is_set,
         )
         with feed:
@@ -141,21 +137,31 @@ class _Session:
                 if self.interrupted or has_stalled(self.evaluations, run.config):
                     return
 
+    def _rows_to_train(self) -> Iterator[RawBatch]:
+        run, world = self._run, self._run.state.world
+        return read_batches(
+            run.inputs.train,
+            run.inputs.columns,
+            run.config.data,
+            seed=run.config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            start=self.cursor,
+            epochs=run.config.data.epochs,
+            shuffle=run.config.data.shuffle,
+        )
+
     def _segment(self, feed: Feed, length: int, report: Report) -> dict[str, float]:
         """Train ``length`` steps, fewer if the feed ends; returns what the segment reports, nothing of no steps."""
-        run = self._run
-        sums, batches, steps = ClickSums(run.state.world.device), islice(feed, length), 0
+        run, first = self._run, self.step
+        sums, growths = ClickSums(run.state.world.device), Growths()
         rates = run.state.optimizer.learning_rates()
         started = time.perf_counter()
-        while steps < length:
-            try:
-                prediction = run.pipeline.progress(batches)
-            except StopIteration:
-                break
-            labels = prediction.batch.labels[: prediction.batch.num_rows]
-            sums.update(prediction.logits, labels, torch.ones_like(labels))
-            self.cursor, steps = prediction.batch.cursor, steps + 1
-            report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
+        feed.segment(length)
+        while self.step < first + length and not feed.ended:
+            self._until_pause(feed.batches(first + length - self.step), sums, report)
+            if feed.pause is not None:
+                feed.resume(evict=self._make_room(feed.pause, growths, report))
         totals = sums.reduce()
         if not totals.rows:
             return {}
@@ -163,9 +169,47 @@ class _Session:
         values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
         values["rows_per_second"] = totals.rows / seconds
         values |= totals.report("train")
-        return values | {f"learning_rate/{name}": rate for name, rate in rates.items()}
+        return values | growths.values() | {f"learning_rate/{name}": rate for name, rate in rates.items()}
+
+    def _until_pause(self, batches: Iterator[Batch], sums: ClickSums, report: Report) -> None:
+        """Train all of ``batches``; then nothing is in flight."""
+        state = self._run.state
+        pipeline, prepared = state.pipeline, _with_fresh_rows(batches, state)
+        while True:
+            try:
+                prediction = pipeline.progress(prepared)
+            except StopIteration:
+                return
+            labels = prediction.batch.labels[: prediction.batch.num_rows]
+            sums.update(prediction.logits, labels, torch.ones_like(labels))
+            self.cursor = prediction.batch.cursor
+            report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
+
+    def _make_room(self, pause: Pause, growths: Growths, report: Report) -> bool:
+        """Grow the tables that the next batch finds too small; True if one may not grow and has to evict instead.
+
+        Raises:
+            CannotGrowError: a table may not grow and its policy is to stop; the state has then been saved.
+        """
+        state, evict = self._run.state, False
+        for name, needed in sorted(pause.stripes.items()):
+            try:
+                growth = grow(state, name, needed)
+            except CannotGrowError:
+                if state.spaces[name].space.rules.evict == "none":
+                    self._save()
+                    raise
+                evict = True
+                continue
+            growths.add(growth)
+            report.say(describe_growth(growth))
+        return evict
 
     def _at_boundary(self, values: dict[str, float], report: Report) -> None:
+        if self.step % self._run.config.segment_steps == 0:
+            self._expire()
+        if values:
+            values |= table_values(self._run.state)
         evaluated = not self.interrupted and self._is_due(self._run.config.evaluation.every_steps or self._epoch_steps)
         if evaluated and self._run.inputs.validation is not None:
             values |= self._validate()
@@ -178,6 +222,11 @@ class _Session:
         if evaluated or ends or (every and self._is_due(every)):
             self._save()
 
+    def _expire(self) -> None:
+        for space in self._run.state.spaces.values():
+            if space.vocabulary is not None:
+                space.vocabulary.expire()
+
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps
 
@@ -186,7 +235,7 @@ class _Session:
         dataset = run.inputs.validation
         if dataset is None:
             return {}
-        metrics = score(run.pipeline, run.state, dataset, run.inputs.columns, run.config.data, "validation")
+        metrics = score(run.state, dataset, run.inputs.columns, run.config.data, "validation")
         self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
         return metrics
 
@@ -218,8 +267,15 @@ def test_best(run: Run) -> dict[str, float]:
         checkpoint.load(path, manifest, run.state)
     with closing(progress_bar("testing", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
         tick = bar.update if bar is not None else lambda rows: None
-        metrics = score(run.pipeline, run.state, dataset, run.inputs.columns, run.config.data, "test", tick)
+        metrics = score(run.state, dataset, run.inputs.columns, run.config.data, "test", tick)
     return {"test_step": float(manifest.step), **metrics}
+
+
+def _with_fresh_rows(batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+    """The batches, each after the rows of its new ids have got their first values."""
+    for batch in batches:
+        state.write_fresh(batch.fresh)
+        yield batch
 
 
 class _Flag:

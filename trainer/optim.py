@@ -19,14 +19,6 @@ from trainer.errors import ConfigError
 from trainer.recipe import DenseOptimizerConfig, ScheduleConfig
 from trainer.tables import PhysicalTable
 
-MOMENTS = {
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-}
-"""torch.optim's names of each sparse optimizer's moments, in FBGEMM's order (momentum1, momentum2)."""
-
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int) -> float:
     """What the full learning rate is multiplied by in step ``step``, counted from 0.
@@ -146,6 +138,15 @@ def fused_rates(fused: CombinedOptimizer, physical: Sequence[PhysicalTable]) -> 
     return rates
 
 
+def set_fused_step(fused: CombinedOptimizer, step: int) -> None:
+    """Make ``step`` the number of steps that FBGEMM's kernels corrected their moments for (Adam)."""
+    for _, member in fused.optimizers:
+        if isinstance(member, CombinedOptimizer):
+            set_fused_step(member, step)
+        else:
+            member.set_optimizer_step(step)
+
+
 def _holds(kernel: KeyedOptimizer, table: PhysicalTable) -> bool:
     """One kernel holds tables of equal optimizers, so the first that it holds speaks for it."""
     return any(name.split(".")[-2] == table.name for name in kernel.params)
@@ -168,6 +169,7 @@ class DenseGroup:
     name: str
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    full_rate: float
     schedule: ScheduleConfig
 
     def rate(self) -> Rate:
@@ -177,7 +179,7 @@ class DenseGroup:
         def assign(lr: float) -> None:
             group["lr"] = lr
 
-        return Rate(self.name, group["lr"], self.schedule, assign)
+        return Rate(self.name, self.full_rate, self.schedule, assign)
 
 
 def dense_group(parameters: dict[str, nn.Parameter], config: DenseOptimizerConfig) -> DenseGroup:
@@ -189,7 +191,8 @@ def dense_group(parameters: dict[str, nn.Parameter], config: DenseOptimizerConfi
         arguments |= {"eps": config.eps}
     else:
         arguments |= {"momentum": config.momentum}
-    return DenseGroup("dense", parameters, _torch_optimizer(config.kind, parameters, arguments), config.schedule)
+    optimizer = _torch_optimizer(config.kind, parameters, arguments)
+    return DenseGroup("dense", parameters, optimizer, config.lr, config.schedule)
 
 
 def table_group(table: PhysicalTable, weight: nn.Parameter) -> DenseGroup:
@@ -201,9 +204,8 @@ def table_group(table: PhysicalTable, weight: nn.Parameter) -> DenseGroup:
     elif config.kind == "adagrad":
         arguments |= {"eps": config.eps}
     parameters = {table.name: weight}
-    return DenseGroup(
-        table.first.key, parameters, _torch_optimizer(config.kind, parameters, arguments), config.schedule
-    )
+    optimizer = _torch_optimizer(config.kind, parameters, arguments)
+    return DenseGroup(table.first.key, parameters, optimizer, config.lr, config.schedule)
 
 
 _TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -231,12 +233,21 @@ class Optimizer:
     """
 
     def __init__(self, groups: Sequence[DenseGroup], fused: Sequence[Rate], *, max_grad_norm: float = 0.0) -> None:
-        self.groups = tuple(groups)
+        """``groups``: the interaction model's first, then data-parallel tables. ``fused``: of the other tables."""
         self.steps = 0
         """Steps taken; equally, the number of the next step."""
-        self._rates = (*(group.rate() for group in groups), *fused)
         self._max_grad_norm = max_grad_norm
-        self.start_at(0)
+        self.set_groups(groups, fused)
+
+    def set_groups(self, groups: Sequence[DenseGroup], fused: Sequence[Rate]) -> None:
+        """The tables are new objects: step these groups and move these rates from now on."""
+        self.groups = tuple(groups)
+        self._rates = (*(group.rate() for group in groups), *fused)
+        self.start_at(self.steps)
+
+    def group_of(self, table: str) -> DenseGroup:
+        """The group of a data-parallel physical table."""
+        return next(group for group in self.groups[1:] if table in group.parameters)
 
     def start_at(self, step: int) -> None:
         """Set every learning rate for step ``step``, which comes next."""

@@ -5,30 +5,41 @@ The device type decides kernel and topology here and backend in world.py, and no
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import BoundsCheckMode
 from tabulate import tabulate
 from torch import Tensor, nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingPlan,
+    ShardingType,
+    ShardMetadata,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from trainer.allocation import Untouched
 from trainer.config import ShardingConfig
 from trainer.errors import ShardingError
-from trainer.optim import MOMENTS, check_sparse, fuse_in_backward
-from trainer.tables import PhysicalTable, build_collection
+from trainer.optim import check_sparse, fuse_in_backward
+from trainer.tables import MOMENTS, PhysicalTable, build_collection, collections_of, state_bytes
 from trainer.task import CTRTask, Head
 from trainer.world import World
 
@@ -93,23 +104,21 @@ def memory_bytes(config: ShardingConfig, world: World) -> int:
     return int(total * _SHARE_FOR_TABLES)
 
 
-def state_bytes(table: PhysicalTable) -> int:
-    """Bytes of all rows with their moments, float32, padding included."""
-    moments = len(MOMENTS[table.first.optimizer.kind])
-    columns = 1 if table.first.optimizer.kind == "rowwise_adagrad" else table.width
-    return 4 * table.space.capacity * (table.width + moments * columns)
+Placements = Mapping[str, ParameterSharding]
+"""Where each physical table is, by name: sharding type, kernel, and the shards with their ranks."""
 
 
 def plan_tables(
     physical: Sequence[PhysicalTable], config: ShardingConfig, world: World, rows_per_rank: int
-) -> ShardingPlan:
+) -> Placements:
     """The plan of the chief, the same on every rank. Collective.
 
     Raises:
         ShardingError: the tables do not fit; the message has bytes needed and bytes offered per rank.
     """
-    collection = build_collection(physical)
-    fuse_in_backward(collection, physical, ())
+    collections = {name: build_collection(members) for name, members in collections_of(physical).items()}
+    for name, members in collections_of(physical).items():
+        fuse_in_backward(collections[name], members, ())
     offered = memory_bytes(config, world)
     on_cuda = world.device.type == "cuda"
     planner = EmbeddingShardingPlanner(
@@ -128,18 +137,19 @@ def plan_tables(
     with world.together():  # the planner's own collective_plan leaves the other ranks waiting when the chief's fails
         if world.is_chief:
             try:
-                plan = planner.plan(_Tables(collection), _sharders())
+                plan = planner.plan(_Tables(collections), _sharders())
             except PlannerError as error:
                 raise ShardingError(_does_not_fit(physical, offered, world, error)) from error
-    return world.gather(plan)[0]
+    members = world.gather(plan)[0].plan.values()
+    return {name: placement for tables in members for name, placement in tables.items()}
 
 
 class _Tables(nn.Module):
-    """Gives the collection the path that it has in CTRTask."""
+    """Gives the collections the paths that they have in CTRTask."""
 
-    def __init__(self, tables: EmbeddingBagCollection) -> None:
+    def __init__(self, collections: Mapping[str, EmbeddingBagCollection]) -> None:
         super().__init__()
-        self.tables = tables
+        self.tables = nn.ModuleDict(collections)
 
 
 def _constraint(table: PhysicalTable, world: World) -> ParameterConstraints:
@@ -158,50 +168,104 @@ def _does_not_fit(physical: Sequence[PhysicalTable], offered: int, world: World,
     reason = str(error).strip().splitlines()[0]
     return (
         f"the tables need {needed / _GIB:.3f} GiB with moments and each of {world.size} ranks offers "
-        f"{offered / _GIB:.3f} GiB (largest: {largest.first.name!r}, {largest.space.rows} rows, "
+        f"{offered / _GIB:.3f} GiB (largest: {largest.first.name!r}, {largest.space.capacity} rows, "
         f"{state_bytes(largest) / _GIB:.3f} GiB); lower its rows, use more ranks, or raise sharding.memory_gib "
         f"[planner: {reason}]"
     )
 
 
 def shard(
-    model: nn.Module, physical: Sequence[PhysicalTable], plan: ShardingPlan, world: World, *, seed: int
-) -> DistributedModelParallel:
-    """The task with its tables sharded by ``plan`` and its model data-parallel; rows are not yet filled. Collective."""
-    collection = build_collection(physical)
-    apart = [table.name for table in physical if is_data_parallel(plan, table)]
+    model: nn.Module,
+    physical: Sequence[PhysicalTable],
+    placements: Placements,
+    world: World,
+    order: Sequence[str],
+    *,
+    seed: int,
+) -> tuple[DistributedModelParallel, CTRTask]:
+    """The task with its tables sharded and its model data-parallel, rows not yet filled, and the task inside it.
+
+    Collective. ``order``: public names of the tables as the run description lists them.
+    """
     for table in physical:
-        check_sparse(table, world.device, data_parallel=table.name in apart)
-    fuse_in_backward(collection, physical, apart)
-    return DistributedModelParallel(
-        CTRTask(collection, Head(model, physical, seed=seed, world_size=world.size)),
-        device=world.device,
-        plan=plan,
-        sharders=_sharders(),
-    )
+        check_sparse(table, world.device, data_parallel=is_data_parallel(placements, table))
+    members = collections_of(physical)
+    collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
+    task = CTRTask(collections, Head(model, physical, order, seed=seed, world_size=world.size))
+    plan = {f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()}
+    with Untouched():
+        sharded = DistributedModelParallel(task, device=world.device, plan=ShardingPlan(plan), sharders=_sharders())
+    return sharded, task
 
 
-def _placement(plan: ShardingPlan, table: PhysicalTable) -> Any:
-    return plan.plan["tables"][table.name]
+def shard_collection(
+    members: Sequence[PhysicalTable], placements: Placements, world: World
+) -> ShardedEmbeddingBagCollection:
+    """One collection sharded by itself: what takes the place of a smaller one in the task. Its rows are not filled."""
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    collection, plan = _fused_collection(members, placements), _module_plan(members, placements)
+    with Untouched():
+        return _sharders()[0].shard(collection, plan, env, world.device)
 
 
-def is_data_parallel(plan: ShardingPlan, table: PhysicalTable) -> bool:
+def _fused_collection(members: Sequence[PhysicalTable], placements: Placements) -> EmbeddingBagCollection:
+    collection = build_collection(members)
+    fuse_in_backward(collection, members, [table.name for table in members if is_data_parallel(placements, table)])
+    return collection
+
+
+def _module_plan(members: Sequence[PhysicalTable], placements: Placements) -> EmbeddingModuleShardingPlan:
+    return EmbeddingModuleShardingPlan({table.name: placements[table.name] for table in members})
+
+
+def with_stripe(placement: ParameterSharding, before: int, after: int) -> ParameterSharding:
+    """The same placement of a table whose stripe changed: the same ranks hold the same owners and columns."""
+    spec = placement.sharding_spec
+    if spec is None:
+        return placement
+    shards = [
+        ShardMetadata(
+            shard_offsets=[piece.shard_offsets[0] * after // before, piece.shard_offsets[1]],
+            shard_sizes=[piece.shard_sizes[0] * after // before, piece.shard_sizes[1]],
+            placement=piece.placement,
+        )
+        for piece in spec.shards
+    ]
+    return dataclasses.replace(placement, sharding_spec=EnumerableShardingSpec(shards))
+
+
+def rank_bytes(placements: Placements, physical: Sequence[PhysicalTable], world_size: int) -> list[int]:
+    """Bytes of all tables with their moments on each rank."""
+    totals = [0.0] * world_size
+    for table in physical:
+        for rank, size in enumerate(_table_bytes(placements, table, world_size)):
+            totals[rank] += size
+    return [int(total) for total in totals]
+
+
+def is_data_parallel(placements: Placements, table: PhysicalTable) -> bool:
     """Whether every rank holds the whole table."""
-    return bool(_placement(plan, table).sharding_type == ShardingType.DATA_PARALLEL.value)
+    return bool(placements[table.name].sharding_type == ShardingType.DATA_PARALLEL.value)
 
 
-def plan_rows(plan: ShardingPlan, physical: Sequence[PhysicalTable], world_size: int) -> list[dict[str, Any]]:
+def is_owner_local(placements: Placements, table: PhysicalTable) -> bool:
+    """Whether every rank holds all columns of its own stripe, and no other rank does."""
+    return bool(placements[table.name].sharding_type == ShardingType.ROW_WISE.value)
+
+
+def plan_rows(placements: Placements, physical: Sequence[PhysicalTable], world_size: int) -> list[dict[str, Any]]:
     """The plan as plain data, one entry per logical table, in public names and widths."""
     return [
         {
             "table": part.table.key,
-            "rows": table.space.rows,
+            "rows": table.space.capacity,
             "dim": part.table.dim,
             "packed_with": [other.table.key for other in table.parts if other is not part],
-            "sharding": _placement(plan, table).sharding_type,
-            "kernel": _placement(plan, table).compute_kernel,
+            "sharding": placements[table.name].sharding_type,
+            "kernel": placements[table.name].compute_kernel,
             "mib_per_rank": [
-                round(size / (1 << 20), 3) for size in _part_bytes(plan, table, part.table.dim, world_size)
+                round(size * part.table.dim / table.parts[-1].end / (1 << 20), 3)
+                for size in _table_bytes(placements, table, world_size)
             ],
         }
         for table in physical
@@ -209,17 +273,16 @@ def plan_rows(plan: ShardingPlan, physical: Sequence[PhysicalTable], world_size:
     ]
 
 
-def _part_bytes(plan: ShardingPlan, table: PhysicalTable, dim: int, world_size: int) -> list[float]:
-    """Bytes of one part on each rank: its share of the physical rows and moments, padding shared out by width."""
-    share = state_bytes(table) * dim / table.parts[-1].end
-    placement = _placement(plan, table)
-    if placement.sharding_spec is None:
-        return [share] * world_size
+def _table_bytes(placements: Placements, table: PhysicalTable, world_size: int) -> list[float]:
+    """Bytes of one physical table with its moments on each rank."""
+    total, spec = state_bytes(table), placements[table.name].sharding_spec
+    if spec is None:
+        return [float(total)] * world_size
     sizes = [0.0] * world_size
-    cells = table.space.capacity * table.width
-    for piece in placement.sharding_spec.shards:
+    cells = table.space.physical_rows * table.width
+    for piece in spec.shards:
         rows, columns = piece.shard_sizes
-        sizes[piece.placement.rank()] += share * rows * columns / cells
+        sizes[piece.placement.rank()] += total * rows * columns / cells
     return sizes
 
 
@@ -262,11 +325,11 @@ class Shard:
     """Whether every rank holds the same piece."""
 
 
-def fused_shards(model: DistributedModelParallel, physical: Sequence[PhysicalTable]) -> Iterator[Shard]:
-    """This rank's pieces of the tables that FBGEMM updates in backward."""
-    weights = model.state_dict()
-    states = model.fused_optimizer.state_dict()["state"]
-    for table in physical:
+def fused_shards(collection: ShardedEmbeddingBagCollection, members: Sequence[PhysicalTable]) -> Iterator[Shard]:
+    """This rank's pieces of the tables of one collection that FBGEMM updates in backward."""
+    weights = collection.state_dict()
+    states = collection.fused_optimizer.state_dict()["state"]
+    for table in members:
         name = weight_name(table)
         pieces = weights[name].local_shards() if hasattr(weights[name], "local_shards") else []
         for number, piece in enumerate(pieces):
@@ -279,8 +342,8 @@ def fused_shards(model: DistributedModelParallel, physical: Sequence[PhysicalTab
 
 
 def weight_name(table: PhysicalTable) -> str:
-    """Name of a physical table's weight in the sharded task's state dict."""
-    return f"tables.embedding_bags.{table.name}.weight"
+    """Name of a physical table's weight in its collection."""
+    return f"embedding_bags.{table.name}.weight"
 
 
 def quiet_libraries() -> None:

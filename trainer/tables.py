@@ -8,8 +8,8 @@ side by side in it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,10 +21,19 @@ from xxhash import xxh3_64_intdigest
 from trainer.config import TableConfig
 from trainer.order import mix64
 from trainer.recipe import InitConfig
-from trainer.vocabulary import IdSpace
+from trainer.spaces import IdSpace, stripe_for
 
 _KERNEL_MULTIPLE = 4
 _ELEMENTWISE = ("sgd", "adagrad", "adam")
+
+MOMENTS = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+}
+"""torch.optim's names of each sparse optimizer's moments, in FBGEMM's order (momentum1, momentum2)."""
+
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -65,6 +74,25 @@ class PhysicalTable:
         return self.parts[0].table
 
 
+_DECIDE_IDS = (
+    "ids",
+    "rows",
+    "max_rows",
+    "growth_factor",
+    "admit_after",
+    "admission",
+    "sketch_width",
+    "evict",
+    "evict_fraction",
+    "expire_after",
+    "expire_unit",
+    "features",
+)
+"""What tables must agree on to share one id space."""
+
+_SMALL_BYTES = 64 << 20
+
+
 def lay_out(tables: Sequence[TableConfig], world_size: int, *, pack: bool) -> tuple[PhysicalTable, ...]:
     """The physical tables of ``tables``; each table of the same id space reads the same mapped ids.
 
@@ -74,13 +102,40 @@ def lay_out(tables: Sequence[TableConfig], world_size: int, *, pack: bool) -> tu
     spaces: dict[tuple[object, ...], IdSpace] = {}
     groups: dict[tuple[object, ...], list[TableConfig]] = {}
     for table in tables:
-        space_key = (table.ids, table.rows, table.features)
+        space_key = tuple(getattr(table, name) for name in _DECIDE_IDS)
         if space_key not in spaces:
-            spaces[space_key] = IdSpace(table.key, table.ids, table.rows, table.features, world_size)
+            spaces[space_key] = IdSpace(table, world_size, stripe_for(table.rows, world_size))
         packable = pack and table.optimizer.kind in _ELEMENTWISE
         twin = (table.optimizer, table.sharding) if packable else (table.key,)
         groups.setdefault((space_key, twin), []).append(table)
     return tuple(_side_by_side(group, spaces[key[0]]) for key, group in groups.items())  # type: ignore[index]
+
+
+def with_stripes(physical: Sequence[PhysicalTable], stripes: Mapping[str, int]) -> tuple[PhysicalTable, ...]:
+    """The tables with other capacities; ``stripes`` by name of the id space."""
+    return tuple(
+        replace(table, space=table.space.with_stripe(stripes.get(table.space.name, table.space.stripe)))
+        for table in physical
+    )
+
+
+def state_bytes(table: PhysicalTable) -> int:
+    """Bytes of all rows with their moments, float32, padding included."""
+    moments = len(MOMENTS[table.first.optimizer.kind])
+    columns = 1 if table.first.optimizer.kind == "rowwise_adagrad" else table.width
+    return 4 * table.space.physical_rows * (table.width + moments * columns)
+
+
+def collections_of(physical: Sequence[PhysicalTable]) -> dict[str, tuple[PhysicalTable, ...]]:
+    """The tables as the embedding collections that hold them, by name; a function of the capacities.
+
+    Growing a table makes its collection anew, so that for a moment the old and the new one are there: large tables
+    that may grow have a collection of their own. The others share one, as each costs exchanges in every step.
+    """
+    alone = [table for table in physical if table.space.can_grow and state_bytes(table) >= _SMALL_BYTES]
+    together = tuple(table for table in physical if table not in alone)
+    found = {"together": together} if together else {}
+    return found | {table.name: (table,) for table in alone}
 
 
 def _side_by_side(tables: Sequence[TableConfig], space: IdSpace) -> PhysicalTable:
@@ -115,7 +170,7 @@ def build_collection(physical: Sequence[PhysicalTable]) -> EmbeddingBagCollectio
         tables=[
             EmbeddingBagConfig(
                 name=table.name,
-                num_embeddings=table.space.capacity,
+                num_embeddings=table.space.physical_rows,
                 embedding_dim=table.width,
                 feature_names=list(table.space.keys),
                 pooling=PoolingType.SUM,  # means are taken in task.py, alike for every sharding type

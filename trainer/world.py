@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,18 +65,30 @@ class World:
 
     def sum_integers(self, *values: int) -> list[int]:
         """Each value summed over ranks; integers, so that decisions made of them are equal on all ranks. Collective."""
+        return self._reduced(values, "SUM")
+
+    def highest_integers(self, *values: int) -> list[int]:
+        """Each value's maximum over ranks. Collective."""
+        return self._reduced(values, "MAX")
+
+    def _reduced(self, values: Sequence[int], operation: str) -> list[int]:
         import torch
         import torch.distributed as dist
 
         totals = torch.tensor(values, dtype=torch.int64, device=self.device)
         if self.size > 1:
-            dist.all_reduce(totals)
+            dist.all_reduce(totals, op=getattr(dist.ReduceOp, operation))
         return [int(total) for total in totals.tolist()]
 
 
 def launched() -> bool:
     """Whether a launcher (torchrun, TorchX) started this process as one rank of a job."""
     return "RANK" in os.environ
+
+
+def ranks_launched() -> int:
+    """Ranks of the job that this process belongs to, 1 without a launcher; may be asked before the world is joined."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def is_first_of_job() -> bool:
