@@ -1,38 +1,31 @@
-"""Save, find, verify and load: tables as (ids, rows, moments) in logical width, whole or not at all.
+"""Save, find, verify and load checkpoints: whole or not at all.
 
-Bytes go through storage.py; every rank writes its own. What makes the directory a checkpoint is its
-manifest (manifest.py). Loading depends on ids alone, so world size, plan, packing and capacity may all be different.
+Bytes go through storage.py; every rank writes its own. What makes the directory a checkpoint is its manifest
+(manifest.py); what is in it, contents.py knows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from trainer import manifest as manifests
+from trainer.contents import load_into, own_tensors
 from trainer.errors import CheckpointError
 from trainer.manifest import Block, Manifest
-from trainer.sharding import Shard
-from trainer.state import TrainState, parts_in
+from trainer.state import TrainState
 from trainer.storage import SHARDS, TO_DO_AFTER, Reader, write_tensors
-from trainer.vocabulary import IdSpace
 from trainer.world import World
 
 log = logging.getLogger(__name__)
 
-_ROWS_PER_BLOCK = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -68,7 +61,7 @@ def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
 
 def _write(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
     world = state.world
-    tensors, blocks = _own_tensors(state)
+    tensors, blocks = own_tensors(state, {name: space["slots_used"] for name, space in manifest.spaces.items()})
     write_tensors(path, tensors)
     with world.together():
         own = _own_files(path, world)
@@ -115,145 +108,13 @@ def _commit(path: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; {TO_DO_AFTER}") from error
 
 
-def _own_tensors(state: TrainState) -> tuple[dict[str, Tensor], list[Block]]:
-    """Host copies of what this rank writes, and the blocks among them; the chief writes what all ranks share."""
-    tensors: dict[str, Tensor] = {}
-    blocks: list[Block] = []
-    if state.world.is_chief:
-        for name, value in state.dense().items():
-            tensors[f"dense/{name}"] = value.detach().cpu()
-        for name, moments in state.dense_moments().items():
-            for moment, value in moments.items():
-                tensors[f"dense_moments/{name}/{moment}"] = value.detach().cpu()
-    for number, piece in enumerate(state.shards()):
-        if piece.is_replica and not state.world.is_chief:
-            continue
-        for block, content in _blocks_of(piece, f"{state.world.rank}.{number}"):
-            blocks.append(block)
-            tensors |= {f"{block.path}/{name}": value for name, value in content.items()}
-    return tensors, blocks
-
-
-def _blocks_of(piece: Shard, label: str) -> Iterator[tuple[Block, dict[str, Tensor]]]:
-    """The piece as blocks of logical tables: at most ``_ROWS_PER_BLOCK`` rows, only ids in use."""
-    space = piece.table.space
-    for part, begin, end, columns in parts_in(piece):
-        for start in range(0, len(piece.weight), _ROWS_PER_BLOCK):
-            rows = slice(start, min(start + _ROWS_PER_BLOCK, len(piece.weight)))
-            ids = space.ids_of(piece.row + rows.start, piece.row + rows.stop)
-            used = ids < space.rows
-            keep = torch.from_numpy(used) if not used.all() else None
-            content = {"ids": torch.from_numpy(ids[used]), "weight": _cut(piece.weight, rows, columns, keep)}
-            content |= {name: _cut(moment, rows, columns, keep) for name, moment in piece.moments.items()}
-            path = f"tables/{part.table.key}/{label}.{start // _ROWS_PER_BLOCK}"
-            yield (
-                Block(
-                    table=part.table.key,
-                    path=path,
-                    row=piece.row + rows.start,
-                    row_end=piece.row + rows.stop,
-                    ids=int(used.sum()),
-                    begin=begin,
-                    end=end,
-                ),
-                content,
-            )
-
-
-def _cut(values: Tensor, rows: slice, columns: slice, keep: Tensor | None) -> Tensor:
-    """A host copy of some rows and, of a matrix, some columns."""
-    part = values.detach()[rows] if values.dim() == 1 else values.detach()[rows, columns]
-    part = part if keep is None else part[keep.to(part.device)]
-    return part.to("cpu", copy=True).contiguous()
-
-
 def load(path: Path, manifest: Manifest, state: TrainState) -> None:
     """Put a checkpoint's content in the place of ``state``'s; reads only what this rank needs, without communication.
 
     Raises:
         CheckpointError: a table, width or dense parameter of the checkpoint is not the run's.
     """
-    _check_fit(manifest, state)
-    reader = Reader(path)
-    dense = state.dense()
-    loaded = reader.read({f"dense/{name}": value for name, value in dense.items()})
-    with torch.no_grad():
-        for name, value in dense.items():
-            value.copy_(loaded[f"dense/{name}"])
-        state.load_dense_moments(_dense_moments(reader, state))
-        for piece in state.shards():
-            _fill(piece, manifest, reader)
-    state.start_at(manifest.step)
-
-
-def _dense_moments(reader: Reader, state: TrainState) -> dict[str, dict[str, Tensor]]:
-    names = [key.split("/") for key in reader.sizes if key.startswith("dense_moments/")]
-    found = reader.read_all([f"dense_moments/{name}/{moment}" for _, name, moment in names])
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in found.items():
-        _, name, moment = key.split("/")
-        moments.setdefault(name, {})[moment] = value if moment == "step" else value.to(state.world.device)
-    return moments
-
-
-def _fill(piece: Shard, manifest: Manifest, reader: Reader) -> None:
-    """Rows and moments of one live piece from every block that holds some of them."""
-    space = piece.table.space
-    for part, begin, end, columns in parts_in(piece):
-        for block in manifest.blocks:
-            if block.table != part.table.key or block.end <= begin or end <= block.begin:
-                continue
-            if not _may_share_rows(block, manifest, piece, space):
-                continue
-            names = ["weight", *piece.moments]
-            content = reader.read_all([f"{block.path}/{name}" for name in ["ids", *names]])
-            rows = space.rows_of(content[f"{block.path}/ids"].numpy()) - piece.row
-            here = np.flatnonzero((rows >= 0) & (rows < len(piece.weight)))
-            target, source = torch.from_numpy(rows[here]), torch.from_numpy(here)
-            low, high = max(begin, block.begin), min(end, block.end)
-            into = slice(columns.start + low - begin, columns.start + high - begin)
-            for name, live in [("weight", piece.weight), *piece.moments.items()]:
-                _scatter(live, target, into, content[f"{block.path}/{name}"], source, low - block.begin, high - low)
-
-
-def _scatter(live: Tensor, target: Tensor, into: slice, saved: Tensor, source: Tensor, first: int, width: int) -> None:
-    values = saved[source] if saved.dim() == 1 else saved[source, first : first + width]
-    place = live if live.dim() == 1 else live[:, into]
-    place[target.to(live.device)] = values.to(live.device)
-
-
-def _may_share_rows(block: Block, manifest: Manifest, piece: Shard, space: IdSpace) -> bool:
-    """Whether an id of the block can belong to the piece: an id's owner is its remainder by the world size.
-
-    Owners o of W and p of W' share ids only if o and p are equal modulo gcd(W, W').
-    """
-    stripe = -(-int(manifest.tables[block.table]["rows"]) // manifest.world_size)
-    shared = math.gcd(manifest.world_size, space.world_size)
-    saved = {owner % shared for owner in range(block.row // stripe, (block.row_end - 1) // stripe + 1)}
-    last = piece.row + len(piece.weight) - 1
-    wanted = {owner % shared for owner in range(piece.row // space.stripe, last // space.stripe + 1)}
-    return bool(saved & wanted)
-
-
-def _check_fit(manifest: Manifest, state: TrainState) -> None:
-    tables = {part.table.key: (table, part) for table in state.physical for part in table.parts}
-    for key in sorted({*tables, *manifest.tables}):
-        if key not in manifest.tables or key not in tables:
-            where = "run" if key in tables else "checkpoint"
-            raise CheckpointError(f"table {key} is only in the {where}; the checkpoint belongs to another run")
-        saved, (table, part) = manifest.tables[key], tables[key]
-        for field, value in (("rows", table.space.rows), ("dim", part.table.dim), ("ids", table.space.kind)):
-            if saved[field] != value:
-                raise CheckpointError(
-                    f"table {key}: {field} is {saved[field]} in the checkpoint and {value} in the run"
-                )
-    dense = {name: list(value.shape) for name, value in state.dense().items()}
-    if dense != manifest.dense:
-        different = sorted(n for n in {*dense, *manifest.dense} if dense.get(n) != manifest.dense.get(n))[0]
-        raise CheckpointError(
-            f"model parameter {different} is {manifest.dense.get(different, 'absent')} in the checkpoint "
-            f"and {dense.get(different, 'absent')} in the run; use the model that was trained"
-        )
+    load_into(state, manifest, Reader(path))
 
 
 def steps_in(directory: Path) -> list[int]:

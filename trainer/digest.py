@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.contents import SavedSpace
 from trainer.manifest import Manifest
 from trainer.order import mix64
 from trainer.storage import Reader
@@ -27,9 +28,16 @@ def digests(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     reader = Reader(path)
     found = dict(_dense_digests(reader))
     for key, table in manifest.tables.items():
+        space = SavedSpace(table["space"], manifest, reader)
         for state in ["weight", *table["moments"]]:
+            rows, cold = _table_digests(reader, manifest, space, key, state)
             name = key if state == "weight" else f"{key}/{state}"
-            found[name] = _table_digest(reader, manifest, key, state)
+            found[name] = rows
+            if space.kind == "exact":
+                found[f"{key}/cold" if state == "weight" else f"{key}/cold/{state}"] = cold
+    for name in manifest.spaces:
+        space = SavedSpace(name, manifest, reader)
+        found |= {f"{name}.ids/{column}": value for column, value in _column_digests(space).items()}
     yield from sorted(found.items())
 
 
@@ -48,20 +56,42 @@ def _bytes_digest(value: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def _table_digest(reader: Reader, manifest: Manifest, table: str, state: str) -> str:
-    sums = [0, 0]
+def _table_digests(reader: Reader, manifest: Manifest, space: SavedSpace, table: str, state: str) -> tuple[str, str]:
+    """Digests of the rows that ids have, and of the cold row."""
+    sums, cold = [0, 0], [0, 0]
     for block in manifest.blocks:
         if block.table != table:
             continue
-        content = reader.read_all([f"{block.path}/ids", f"{block.path}/{state}"])
-        ids, values = content[f"{block.path}/ids"].numpy(), content[f"{block.path}/{state}"].numpy()
+        values = reader.read_all([f"{block.path}/{state}"])[f"{block.path}/{state}"].numpy()
         is_per_row = values.ndim == 1
         # A value per row is the same in every column shard of that row: it counts once, with the first column.
         if is_per_row and block.begin > 0:
             continue
         cells = values[:, None] if is_per_row else values
+        ids, used = space.ids(block.owner, block.slot, block.slots)
         for number, salt in enumerate(_SALTS):
-            sums[number] += rows_digest(ids, cells, block.begin, salt)
+            sums[number] += rows_digest(ids[used], cells[used], block.begin, salt)
+            if block.owner == 0 and block.slot == 0:
+                cold[number] += rows_digest(np.zeros(1, dtype=np.int64), cells[:1], block.begin, salt)
+    return _hex(sums), _hex(cold)
+
+
+def _column_digests(space: SavedSpace) -> dict[str, str]:
+    """Digests of what an exact space remembers of each id, such as when it was last seen."""
+    sums: dict[str, list[int]] = {}
+    for owner in range(space.world_size if space.kind == "exact" else 0):
+        arrays = space.arrays(owner)
+        for column in ("last_seen", "frequency"):
+            if column in arrays:
+                used = arrays["used"]
+                cells = arrays[column][used].astype(np.int64).view(np.float32).reshape(-1, 2)
+                total = sums.setdefault(column, [0, 0])
+                for number, salt in enumerate(_SALTS):
+                    total[number] += rows_digest(arrays["ids"][used], cells, 0, salt)
+    return {column: _hex(total) for column, total in sums.items()}
+
+
+def _hex(sums: list[int]) -> str:
     return "".join(f"{total % 2**64:016x}" for total in sums)
 
 

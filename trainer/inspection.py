@@ -47,8 +47,8 @@ def shapes(manifest: Manifest) -> Iterator[tuple[str, torch.Size]]:
 
 
 def _rows_in_use(manifest: Manifest, table: str) -> int:
-    """Ids that the checkpoint holds rows of; column shards of the same rows count once."""
-    return sum(block.ids for block in manifest.blocks if block.table == table and block.begin == 0)
+    """Rows that ids have."""
+    return int(manifest.spaces[manifest.tables[table]["space"]]["in_use"])
 
 
 def _plain(path: Path, manifest: Manifest) -> dict[str, object]:

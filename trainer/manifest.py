@@ -23,21 +23,19 @@ _CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows of one table as one rank wrote them: tensors ``path/ids``, ``path/weight``, ``path/MOMENT``."""
+    """Consecutive slots of one owner in one table, as one rank wrote them: tensors ``path/weight``, ``path/MOMENT``."""
 
     table: str
     """Public parameter name."""
 
     path: str
-    row: int
-    """First row of the block in the row space of the writing world."""
+    owner: int
+    """Of the writing world."""
 
-    row_end: int
-    """One past its last row there; fewer ids may be in use."""
+    slot: int
+    """First slot; slot 0 of owner 0 is the cold row."""
 
-    ids: int
-    """Rows in the block: ids in use."""
-
+    slots: int
     begin: int
     """First logical column."""
 
@@ -59,7 +57,10 @@ class Manifest:
     """Columns and the fingerprints of the training files."""
 
     tables: dict[str, dict[str, Any]]
-    """Public name to rows, capacity, dim and names of moments."""
+    """Public name to id space, capacity, dim and names of moments."""
+
+    spaces: dict[str, dict[str, Any]]
+    """Id space to kind, stripe, slots used per owner, rows in use; ids themselves are among the tensors."""
 
     dense: dict[str, list[int]]
     """Public name to shape, in the model's order; buffers included."""

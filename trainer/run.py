@@ -11,16 +11,18 @@ from typing import Any
 
 from trainer import checkpoint
 from trainer.config import RunConfig, to_plain
+from trainer.contents import stripes_for
+from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
 from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
-from trainer.evaluation import Pipeline, build_pipeline
 from trainer.manifest import Manifest
-from trainer.optim import MOMENTS
 from trainer.order import streams_of
 from trainer.rows import Cursor
 from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
 from trainer.sharding import plan_rows
 from trainer.state import TrainState, build_state
+from trainer.storage import Reader
+from trainer.tables import MOMENTS
 from trainer.world import World
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
@@ -35,7 +37,7 @@ _MUST_MATCH = (
     "data.streams",
     "data.shuffle",
 )
-_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "rows", "pooling", "init")
+_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "init")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,10 @@ class Run:
 
     inputs: Inputs
     state: TrainState
-    pipeline: Pipeline
     cursor: Cursor
     evaluations: tuple[tuple[int, float], ...]
+    is_saved: bool = False
+    """Whether a checkpoint holds this very state."""
 
     @property
     def config(self) -> RunConfig:
@@ -124,16 +127,33 @@ def start(inputs: Inputs, world: World) -> Run:
     with world.together():
         if world.is_chief:
             _make_output(Path(inputs.config.output))
-    state = build_state(inputs.config, len(inputs.columns.dense), world)
-    run = Run(inputs, state, build_pipeline(state), Cursor(0, 0), ())
-    found = checkpoint.newest_good(run.checkpoints, world)
+    epoch_steps = steps_per_epoch(inputs.train, inputs.config.data)
+    directory = Path(inputs.config.output) / "checkpoints"
+    found = checkpoint.newest_good(directory, world)
     if found is None:
-        return run
+        state = build_state(inputs.config, len(inputs.columns.dense), world, epoch_steps=epoch_steps)
+        return Run(inputs, state, Cursor(0, 0), ())
     path, manifest = found
     with world.together():
         check_same_run(manifest, inputs, path)
+    state = load_state(path, manifest, inputs.config, len(inputs.columns.dense), world, epoch_steps)
+    return Run(inputs, state, manifest.cursor, manifest.evaluations, is_saved=True)
+
+
+def load_state(
+    path: Path, manifest: Manifest, config: RunConfig, num_dense: int, world: World, epoch_steps: int = 1
+) -> TrainState:
+    """The state of a checkpoint, in tables large enough for it, whatever world wrote it. Collective.
+
+    Raises:
+        CheckpointError: it does not fit the run description.
+    """
+    with world.together():
+        stripes = stripes_for(config, manifest, Reader(path), world.size)
+    state = build_state(config, num_dense, world, stripes, epoch_steps)
+    with world.together():
         checkpoint.load(path, manifest, state)
-    return dataclasses.replace(run, cursor=manifest.cursor, evaluations=manifest.evaluations)
+    return state
 
 
 def _make_output(output: Path) -> None:
@@ -154,6 +174,8 @@ def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:
     for number, (saved, own) in enumerate(zip(manifest.config["tables"], ours["tables"], strict=False)):
         pairs += [(f"tables[{number}].{name}", saved.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
         pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
+        if own["ids"] == "hashed":  # a row is a hash modulo their number
+            pairs.append((f"tables[{number}].rows", saved["rows"], own["rows"]))
     pairs.append(("number of tables", len(manifest.config["tables"]), len(ours["tables"])))
     for name, before, now in pairs:
         if before != now:
@@ -174,8 +196,10 @@ def _at(plain: dict[str, Any], dotted: str) -> Any:
 
 
 def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[int, float]]) -> Manifest:
-    """The manifest of a checkpoint about to be written; blocks and files are filled in by ``checkpoint.save``."""
+    """The manifest of a checkpoint about to be written; ``checkpoint.save`` fills in blocks and files. Collective."""
     state, inputs = run.state, run.inputs
+    slots_used = state.slots_used()
+    in_use = state.rows_in_use()
     return Manifest(
         step=step,
         cursor=cursor,
@@ -184,7 +208,8 @@ def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[in
         data={"columns": dataclasses.asdict(inputs.columns), **inputs.train.to_plain()},
         tables={
             part.table.key: {
-                "rows": table.space.rows,
+                "space": table.space.name,
+                "rows": table.first.rows if table.space.kind == "hashed" else table.space.capacity,
                 "capacity": table.space.capacity,
                 "dim": part.table.dim,
                 "ids": table.space.kind,
@@ -193,8 +218,19 @@ def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[in
             for table in state.physical
             for part in table.parts
         },
+        spaces={
+            name: {
+                "kind": live.space.kind,
+                "features": list(live.space.features),
+                "capacity": live.space.capacity,
+                "in_use": in_use[name],
+                "ids_seen": live.ids_seen,
+                "slots_used": slots_used[name],
+            }
+            for name, live in state.spaces.items()
+        },
         dense={name: list(value.shape) for name, value in state.dense().items()},
-        plan=plan_rows(state.plan, state.physical, state.world.size),
+        plan=plan_rows(state.placements, state.physical, state.world.size),
         blocks=(),
         evaluations=tuple(evaluations),
         versions=versions(),
