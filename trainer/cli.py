@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_inspect(commands)
+    _add_import(commands)
+    _add_export(commands)
     _add_sample_data(commands)
     _add_prepare(commands)
     doctor = _command(commands, "doctor", "say what is installed and whether it fits together", _doctor)
@@ -64,19 +66,23 @@ def _command(
 def _add_train(commands: Commands) -> None:
     train = _command(commands, "train", "train from a run description; an existing output is resumed", _train)
     train.add_argument("config", type=Path, metavar="RUN.toml", help="the run description")
+    _add_set(train)
     train.add_argument(
+        "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
+    )
+    train.add_argument(
+        "--yes", action="store_true", help="confirm that --fresh may delete the run in the output folder"
+    )
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--set",
         action="append",
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
         help="override a key, such as data.epochs=2 or tables[0].rows=5000000; may be given often",
-    )
-    train.add_argument(
-        "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
-    )
-    train.add_argument(
-        "--yes", action="store_true", help="confirm that --fresh may delete the run in the output folder"
     )
 
 
@@ -109,6 +115,42 @@ def _add_inspect(commands: Commands) -> None:
         help="print 'name digest' of every parameter and optimizer state; does not depend on sharding or world size",
     )
     what.add_argument("--verify", **_form("verify"), help="read every file and compare it with its checksum")
+
+
+_IMPORT = """
+Names are those that `inspect` prints; [rename] in the run description maps others to them. Shapes must match, but a
+table may have more rows in the run. Row i of a table is that of id i (identity, exact; NAME.ids beside NAME gives an
+exact table other ids) or of bucket i (hashed, where the numbers of rows must be equal). All other rows have their
+initial values, moments are zero. `train RUN.toml` goes on from the checkpoint, which has step 0.
+"""
+
+_EXPORT = """
+Dense parameters and buffers go by their names. An identity or hashed table is [rows, dim], row i being that of id or
+bucket i; an identity table's ids that were never seen have their initial values. An exact table NAME is [rows in use,
+dim] in ascending order of the ids, which are in NAME.ids, int64 [rows in use]. Not exported: moments, what is known
+of ids without a row, and the cold row that those share. OUT.pt is replaced if it exists.
+"""
+
+
+def _add_import(commands: Commands) -> None:
+    import_ = _command(commands, "import", "start a run from a plain PyTorch state dict: write its checkpoint", _import)
+    import_.epilog = _IMPORT
+    import_.add_argument("path", type=Path, metavar="MODEL.pt", help="what torch.save(model.state_dict(), ...) wrote")
+    import_.add_argument("--config", type=Path, required=True, metavar="RUN.toml", help="the run description")
+    _add_set(import_)
+    import_.add_argument(
+        "--partial", action="store_true", help="names that the file lacks keep their initial values, and are listed"
+    )
+
+
+def _add_export(commands: Commands) -> None:
+    what = "write a checkpoint's weights as a plain state dict, readable with torch alone"
+    export = _command(commands, "export-state-dict", what, _export)
+    export.epilog = _EXPORT
+    export.add_argument(
+        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
+    )
+    export.add_argument("out", type=Path, metavar="OUT.pt", help="the file to write")
 
 
 def _form(name: str) -> dict[str, Any]:
@@ -178,6 +220,23 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from trainer import inspection
 
     _print(inspection.inspect(arguments.path, arguments.form))
+    return DONE
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from trainer.description import load
+
+    config = load(arguments.config, arguments.overrides)
+    from trainer import commands
+
+    _print(commands.import_state_dict(arguments.path, config, partial=arguments.partial))
+    return DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer import commands
+
+    _print(commands.export_state_dict(arguments.path, arguments.out))
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""What ``train`` and ``evaluate`` do once their arguments are parsed."""
+"""What the commands about runs do once their arguments are parsed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 import models
-from trainer import checkpoint, loop
+from trainer import checkpoint, interchange, loop
 from trainer import manifest as manifests
 from trainer.config import RunConfig, to_plain
 from trainer.dataset import open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError
-from trainer.evaluation import build_pipeline, score
+from trainer.evaluation import score
 from trainer.manifest import write_atomically
+from trainer.plots import GROWTH, draw_growth
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
-from trainer.run import Run, check_same_files, open_inputs, start
+from trainer.run import Run, check_same_files, load_state, open_inputs, start
 from trainer.schema import Columns, check_columns
 from trainer.sharding import describe as describe_plan
 from trainer.sharding import plan_rows, quiet_libraries
-from trainer.state import build_state
-from trainer.world import World, join_world, launched
+from trainer.tables import lay_out, spaces_of
+from trainer.world import World, join_world, launched, ranks_launched
 
-_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json")
+_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json", GROWTH)
 """All that a run writes in its output."""
 
 
@@ -52,6 +53,7 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
         finished = loop.train(run)
         if finished:
             _finish(run)
+        _draw(run)
     return finished
 
 
@@ -104,7 +106,7 @@ def _clear(output: Path, world: World) -> None:
 def _announce(run: Run) -> None:
     """Say on the terminal and in the output what is about to be trained, and where it goes on."""
     state, output = run.state, Path(run.config.output)
-    rows = plan_rows(state.plan, state.physical, state.world.size)
+    rows = plan_rows(state.placements, state.physical, state.world.size)
     with state.world.together():
         if not state.world.is_chief:
             return
@@ -131,6 +133,46 @@ def _finish(run: Run) -> None:
             write_atomically(path, json.dumps(metrics, indent=1))
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; free some space") from error
+
+
+def _draw(run: Run) -> None:
+    """Draw the growth of the tables that may grow. Collective."""
+    config, world = run.config, run.state.world
+    spaces = spaces_of(lay_out(config.tables, world.size, pack=config.sharding.pack))
+    with world.together():
+        if world.is_chief:
+            draw_growth(Path(config.output), {space.name: space.rules.rows for space in spaces if space.can_grow})
+
+
+def import_state_dict(path: Path, config: RunConfig, *, partial: bool) -> str:
+    """Write the first checkpoint of a run from a plain state dict; what was done, in words.
+
+    Raises:
+        UserError: the file does not fit the run, or the run has checkpoints already.
+    """
+    check_model(config)
+    _refuse_ranks("import")
+    log_to_terminal()
+    quiet_libraries()
+    with join_world(standalone=not launched()) as world:
+        return interchange.import_state_dict(path, config, world, partial=partial)
+
+
+def export_state_dict(path: Path, out: Path) -> str:
+    """Write a checkpoint's weights as a plain state dict; what was done, in words.
+
+    Raises:
+        UserError: there is no good checkpoint, or the file cannot be written.
+    """
+    _refuse_ranks("export-state-dict")
+    log_to_terminal()
+    quiet_libraries()
+    return interchange.export_state_dict(path, out)
+
+
+def _refuse_ranks(command: str) -> None:
+    if ranks_launched() > 1:
+        raise ConfigError(f"{command} runs on one rank, and {ranks_launched()} were launched; start it by itself")
 
 
 def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> str:
@@ -161,12 +203,10 @@ def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[
         columns = _without_absent(columns, dataset.files[0].schema.names)
         check_columns(columns, dataset)
     check_same_files([dataset], world)
-    state = build_state(config, len(columns.dense), world)
-    with world.together():
-        checkpoint.load(path, manifest, state)
+    state = load_state(path, manifest, config, len(columns.dense), world)
     with closing(progress_bar("scoring", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
         tick = bar.update if bar is not None else lambda rows: None
-        metrics = score(build_pipeline(state), state, dataset, columns, config.data, "evaluation", tick)
+        metrics = score(state, dataset, columns, config.data, "evaluation", tick)
     return {"step": float(manifest.step), **metrics}
 
 
@@ -177,5 +217,7 @@ def columns_of(manifest: manifests.Manifest) -> Columns:
 
 
 def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:
-    """Data to score need not have the generating probability of the data that the run was trained on."""
-    return columns if columns.probability in known else dataclasses.replace(columns, probability="")
+    """Data to score need not have the generating probability, or the clock, of the data that was trained on."""
+    probability = columns.probability if columns.probability in known else ""
+    timestamp = columns.timestamp if columns.timestamp in known else ""
+    return dataclasses.replace(columns, probability=probability, timestamp=timestamp)

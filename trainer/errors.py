@@ -21,6 +21,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class StateDictError(UserError):
+    """A plain state dict cannot be read or does not fit the run."""
+
+
 class OutputError(UserError):
     """The output folder cannot be written."""
 
