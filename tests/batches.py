@@ -1,16 +1,26 @@
-"""Batches from nested lists: what the tests of mapping, forward and feeding put in."""
+"""Batches from nested lists, and tables of ids to map them: what the tests of mapping, forward and feeding put in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trainer.rows import Cursor, RawBatch
+from trainer.batch import Batch
+from trainer.config import TableConfig
+from trainer.exchange import Exchange
+from trainer.mapping import Mapper, SpaceState
+from trainer.rows import Cursor, RawBatch, steps_before
+from trainer.spaces import IdSpace, stripe_for
+from trainer.tables import PhysicalTable, collections_of, spaces_of
+from trainer.vocabulary import Vocabulary
 
 Ids = Mapping[str, Sequence[Sequence[int]]]
 """For each feature, in the order of the batch, the ids of each row; padding rows have none."""
+
+EPOCH_STEPS = 1000
 
 
 def raw_batch(ids: Ids, num_rows: int | None = None, **values: Any) -> RawBatch:
@@ -23,6 +33,7 @@ def raw_batch(ids: Ids, num_rows: int | None = None, **values: Any) -> RawBatch:
         "users": None,
         "probability": None,
         "row_numbers": np.where(np.arange(size) < num_rows, np.arange(size), -1),
+        "now": 0,
         "num_rows": num_rows,
         "global_rows": num_rows,
         "cursor": Cursor(0, 1),
@@ -44,3 +55,74 @@ def random_ids(seed: int, features: Sequence[str], size: int, num_rows: int, *, 
         return [int(i) for i in rng.integers(low, high, count, endpoint=True)]
 
     return {feature: [some(row) for row in range(size)] for feature in features}
+
+
+def id_space(rows: int = 100, world_size: int = 1, ids: Any = "hashed", **rules: Any) -> IdSpace:
+    """An id space as the run description of one table makes it."""
+    table = TableConfig(**{"name": "t", "features": ("f",), "ids": ids, "rows": rows} | rules)
+    return IdSpace(table, world_size, stripe_for(rows, world_size))
+
+
+@dataclass
+class Spaces:
+    """Id spaces as the mapping finds them in a run's state."""
+
+    spaces: dict[str, SpaceState]
+    collections: dict[str, list[str]] = field(default_factory=dict)
+
+    def spaces_by_collection(self) -> Mapping[str, Sequence[str]]:
+        """As given, else all spaces in one collection."""
+        return self.collections or {"together": list(self.spaces)}
+
+    def step_after(self, cursor: Cursor) -> int:
+        """Steps before the cursor."""
+        return steps_before(cursor, EPOCH_STEPS)
+
+    def grow(self, name: str, stripe: int) -> None:
+        """Give a space another stripe, as growth does."""
+        self.spaces[name].space = self.spaces[name].space.with_stripe(stripe)
+
+
+def in_use(*spaces: IdSpace, collections: dict[str, list[str]] | None = None, everywhere: bool = False) -> Spaces:
+    """The spaces with no id known yet; ``everywhere``: rows of all owners lie on every rank."""
+    states = [
+        SpaceState(
+            space,
+            Vocabulary(space) if space.kind == "exact" else None,
+            space.rules.rows if space.kind == "hashed" else 0,
+            everywhere,
+        )
+        for space in spaces
+    ]
+    return Spaces({state.name: state for state in states}, collections or {})
+
+
+def spaces_in(physical: Sequence[PhysicalTable]) -> Spaces:
+    """The id spaces of physical tables, and the collections that read them."""
+    members = collections_of(physical)
+    return in_use(
+        *spaces_of(physical),
+        collections={name: [space.name for space in spaces_of(tables)] for name, tables in members.items()},
+    )
+
+
+def map_once(spaces: Spaces, features: Sequence[str], raw: RawBatch, *, learns: bool = True) -> Batch:
+    """The batch that one rank maps, without making room first."""
+    mapper = Mapper(spaces, features, lambda number: f"row {number}", Exchange(0, 1), learns=learns)
+    return mapper.answer(raw, mapper.ask(raw), seconds=raw.now)
+
+
+def row_of(space: IdSpace, raw: int) -> int:
+    """The row of one raw id of a formula space, one Python integer at a time."""
+    logical = splitmix64(raw & (1 << 64) - 1) % space.rules.rows if space.kind == "hashed" else raw
+    ids_per_rank = (space.physical_rows - space.world_size) // space.world_size
+    return logical % space.world_size * (ids_per_rank + 1) + 1 + logical // space.world_size
+
+
+def splitmix64(x: int) -> int:
+    """The first output of SplitMix64 seeded with x, in Python's own integers."""
+    mask = (1 << 64) - 1
+    z = (x + 0x9E3779B97F4A7C15) & mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return z ^ z >> 31

@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.batches import random_ids, raw_batch
+from tests.batches import id_space, in_use, map_once, random_ids, raw_batch
 from trainer.batch import Batch
-from trainer.vocabulary import IdSpace, Mapper
 
-STAYS = ("num_rows", "global_rows", "cursor", "raw")
+STAYS = ("num_rows", "global_rows", "cursor", "raw", "fresh")
+COLLECTIONS = ("large", "together")
 
 
 def batch() -> Batch:
     raw = raw_batch(random_ids(0, "ab", 4, 3), 3, dense=np.ones((4, 2), np.float32))
-    return Mapper([IdSpace("s", "hashed", 10, ("a", "b"), 1)], "ab", str)(raw)
+    spaces = [
+        id_space(10, name="s", features=("a", "b")),
+        id_space(10, 1, "exact", name="x", features=("b",)),
+    ]
+    names = [space.name for space in spaces]
+    return map_once(in_use(*spaces, collections={"large": names[1:], "together": names}), "ab", raw)
 
 
 class Recorder:
@@ -39,15 +44,20 @@ class Recorder:
 
 def recorded() -> tuple[Any, list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
-    names = ("dense", "sparse", "labels")
-    return replace(batch(), **{name: Recorder(name, calls) for name in names}), calls  # type: ignore[arg-type]
+    sparse = {name: Recorder(name, calls) for name in COLLECTIONS}
+    tensors = {name: Recorder(name, calls) for name in ("dense", "labels")}
+    return replace(batch(), sparse=sparse, **tensors), calls  # type: ignore[arg-type]
 
 
 def test_all_tensors_move_and_the_rest_stays_the_same_object() -> None:
     here = batch()
     there = here.to(torch.device("meta"))
-    assert {there.dense.device.type, there.labels.device.type, there.sparse.device().type} == {"meta"}
-    assert there.sparse.keys() == here.sparse.keys()
+    assert {there.dense.device.type, there.labels.device.type} == {"meta"}
+    assert list(there.sparse) == list(here.sparse) == list(COLLECTIONS)
+    for name in COLLECTIONS:
+        assert there.sparse[name].device().type == "meta"
+        assert there.sparse[name].keys() == here.sparse[name].keys()
+        assert here.sparse[name].device().type == "cpu"
     assert all(getattr(there, name) is getattr(here, name) for name in STAYS)
     assert here.dense.device.type == "cpu"
 
@@ -56,23 +66,26 @@ def test_moving_to_where_it_is_copies_nothing() -> None:
     here = batch()
     there = here.to(torch.device("cpu"))
     assert there.dense.data_ptr() == here.dense.data_ptr()
-    assert there.sparse.values().data_ptr() == here.sparse.values().data_ptr()
+    for name in COLLECTIONS:
+        assert there.sparse[name].values().data_ptr() == here.sparse[name].values().data_ptr()
+
+
+def parts(batch: Any) -> list[Any]:
+    return [batch.dense, *batch.sparse.values(), batch.labels]
 
 
 def test_every_tensor_moves_without_blocking_if_asked() -> None:
     moving, calls = recorded()
     moved = moving.to("there", non_blocking=True)
-    assert calls == [(name, "to", "there", True) for name in ("dense", "sparse", "labels")]
-    assert [moved.dense.name, moved.sparse.name, moved.labels.name] == ["moved dense", "moved sparse", "moved labels"]
+    names = ["dense", *COLLECTIONS, "labels"]
+    assert calls == [(name, "to", "there", True) for name in names]
+    assert [part.name for part in parts(moved)] == [f"moved {name}" for name in names]
 
 
 def test_every_tensor_is_pinned_and_its_stream_recorded() -> None:
     moving, calls = recorded()
+    names = ["dense", *COLLECTIONS, "labels"]
     pinned = moving.pin_memory()
-    assert [pinned.dense.name, pinned.sparse.name, pinned.labels.name] == [
-        "pinned dense",
-        "pinned sparse",
-        "pinned labels",
-    ]
+    assert [part.name for part in parts(pinned)] == [f"pinned {name}" for name in names]
     pinned.record_stream("stream")
-    assert calls == [(f"pinned {name}", "record_stream", "stream") for name in ("dense", "sparse", "labels")]
+    assert calls == [(f"pinned {name}", "record_stream", "stream") for name in names]

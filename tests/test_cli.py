@@ -18,7 +18,7 @@ import trainer
 from trainer import cli, errors
 from trainer.errors import ConfigError, DataError, UserError
 
-COMMANDS = ("train", "evaluate", "inspect", "sample-data", "prepare", "doctor")
+COMMANDS = ("train", "evaluate", "inspect", "import", "export-state-dict", "sample-data", "prepare", "doctor")
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "numpy", "pyarrow", "tensorboard")
 
 RUN = """
@@ -138,6 +138,18 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         option: parsed("inspect", "run", *option)["form"] for option in [(), ("--json",), ("--digest",), ("--verify",)]
     }
     assert forms == {(): "text", ("--json",): "json", ("--digest",): "digest", ("--verify",): "verify"}
+    assert parsed("import", "m.pt", "--config", "run.toml", "--set", "a=1", "--partial") == {
+        "command": "import",
+        "path": Path("m.pt"),
+        "config": Path("run.toml"),
+        "overrides": ["a=1"],
+        "partial": True,
+    }
+    assert parsed("export-state-dict", "run", "out.pt") == {
+        "command": "export-state-dict",
+        "path": Path("run"),
+        "out": Path("out.pt"),
+    }
     assert parsed("sample-data", "d", "--rows", "7", "--seed", "3") == {
         "command": "sample-data",
         "directory": Path("d"),
@@ -162,6 +174,7 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         (("trian",), "invalid choice: 'trian'"),
         (("train",), "the following arguments are required: RUN.toml"),
         (("train", "run.toml", "--epochs", "2"), "unrecognized arguments: --epochs 2"),
+        (("import", "model.pt"), "the following arguments are required: --config"),
         (("inspect", "run", "--json", "--digest"), "argument --digest: not allowed with argument --json"),
         (("sample-data", "d", "--rows", "many"), "argument --rows: invalid int value: 'many'"),
         (("prepare", "movielens", "a", "b"), "invalid choice: 'movielens'"),

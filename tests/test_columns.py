@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -18,12 +19,14 @@ from trainer.columns import (
     Place,
     check_number_type,
     check_sparse_type,
+    check_time_type,
     check_user_type,
     dense_of,
     ids_of,
     labels_of,
     plain_type,
     probabilities_of,
+    seconds_of,
     users_of,
 )
 from trainer.config import TransformConfig
@@ -302,3 +305,34 @@ def test_probabilities_stay_float64_and_lie_between_0_and_1() -> None:
         probabilities_of(column([0.1, 1.5]), "p", PLACE)
     with pytest.raises(DataError, match=r"a.parquet row 101: probability column 'p' is null"):
         probabilities_of(column([0.1, None]), "p", PLACE)
+
+
+@pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)])
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_times_become_whole_seconds_since_1970_in_utc(unit: str, per_second: int, zone: str | None) -> None:
+    moments = [0, 1_700_000_000 * per_second, 1_700_000_001 * per_second - 1]
+    times = pa.chunked_array([pa.array(moments, pa.int64()).cast(pa.timestamp(unit, zone))])
+    assert seconds_of(times, "t", PLACE).tolist() == [moment // per_second for moment in moments]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.uint8(), pa.uint64()], ids=str)
+def test_integers_are_seconds_already(kind: pa.DataType) -> None:
+    seconds = seconds_of(pa.chunked_array([pa.array([3, 5], kind), pa.array([4], kind)]), "t", PLACE)
+    assert seconds.tolist() == [3, 5, 4]
+    assert seconds.dtype == np.int64
+
+
+def test_a_row_without_a_time_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"a.parquet row 101: timestamp column 't' is null; drop the row or give it"):
+        seconds_of(column([7, None]), "t", PLACE)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.float64(), pa.string(), pa.date32(), pa.bool_(), pa.list_(pa.int64()), pa.duration("s")], ids=str
+)
+def test_a_clock_is_a_timestamp_or_an_integer(kind: pa.DataType) -> None:
+    message = f"a.parquet: timestamp column 't' is {kind}, expected a timestamp or whole seconds"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}"):
+        check_time_type("t", kind, "a.parquet")
+    check_time_type("t", pa.int32(), "a.parquet")
+    check_time_type("t", pa.timestamp("ms", "UTC"), "a.parquet")

@@ -41,6 +41,18 @@ TABLE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"dim": 0}, "dim is 0, expected 1 or more"),
     ({"rows": 0}, "rows is 0, expected 1 or more"),
     ({"rows": 1 << 40}, f"rows is {1 << 40}, expected fewer than 2**40"),
+    ({"rows": 9, "max_rows": 8}, "max_rows is 8, expected 0 or at least rows = 9"),
+    ({"max_rows": -1}, "max_rows is -1, expected 0 or at least rows = 1000000"),
+    ({"growth_factor": 1.0}, "growth_factor is 1.0, expected above 1"),
+    ({"admit_after": 0}, "admit_after is 0, expected 1 or more"),
+    ({"sketch_width": 0}, "sketch_width is 0, expected 1 or more"),
+    ({"evict_fraction": 0.0}, "evict_fraction is 0.0, expected above 0, at most 1"),
+    ({"evict_fraction": 1.5}, "evict_fraction is 1.5, expected above 0, at most 1"),
+    ({"expire_after": -1}, "expire_after is -1, expected 0 or more"),
+    ({"admit_after": 2}, "admit_after is 2, which needs ids = 'exact'; ids is 'hashed'"),
+    ({"evict": "lru", "ids": "identity"}, "evict is 'lru', which needs ids = 'exact'; ids is 'identity'"),
+    ({"expire_after": 5}, "expire_after is 5, which needs ids = 'exact'; ids is 'hashed'"),
+    ({"max_rows": 2_000_000}, "max_rows is set, but a table of ids = 'hashed' never grows"),
     ({"role": "linear", "dim": 2}, "dim is 2, expected 1 for a table of role 'linear'"),
     (
         {"sharding": ("data_parallel", "row_wise")},
@@ -114,6 +126,10 @@ RUN_MISTAKES = [
         "tables: role 'embedding' has dims [4, 8]; one [B, F, D] needs the same dim in all of them",
     ),
     (
+        {"tables": (table("a"), table("b", ids="exact", expire_after=9, expire_unit="seconds"))},
+        "tables[1].expire_unit is 'seconds', which needs data.timestamp, the column of times",
+    ),
+    (
         {"evaluation": EvaluationConfig(metric="gauc")},
         "evaluation.metric is 'gauc', which needs data.user, the column of users",
     ),
@@ -152,6 +168,11 @@ def test_what_only_looks_wrong_is_allowed() -> None:
     run(tables=(table("a", dim=8), table("b", role="linear", dim=1)))
     table(optimizer=ROWWISE, sharding=("column_wise", "row_wise"))
     table(rows=(1 << 40) - 1)
+    table(rows=9, max_rows=9, ids="identity")
+    table(ids="exact", admit_after=3, evict="lfu", expire_after=5, evict_fraction=1.0, growth_factor=1.01)
+    late = table(ids="exact", expire_after=9, expire_unit="seconds")
+    run(data=DataConfig(train=("a",), timestamp="t"), tables=(late,))
+    run(tables=(table(ids="exact", expire_unit="seconds"),))
     TransformConfig(columns=("d",), kind="clip", low=0.0, high=float("inf"))
 
 

@@ -38,6 +38,7 @@ def write(path: Path, first: int, rows: int, row_group_size: int) -> None:
         "word": pa.array([None if n % 6 == 0 else f"w{n % 4}" for n in numbers], pa.string()),
         "f": pa.array([n if n % 2 else -n for n in numbers], pa.int64()),
         "p": pa.array([n / 1000 for n in numbers], pa.float64()),
+        "t": pa.array([1_700_000_000 + n * 37 % 101 for n in numbers], pa.int64()),
     }
     order = sorted(columns) if first % 2 else list(columns)
     pq.write_table(pa.table({name: columns[name] for name in order}), path, row_group_size=max(row_group_size, 1))
@@ -59,6 +60,7 @@ def config_of(streams: int, per_stream: int) -> DataConfig:
         transforms=(TransformConfig(columns=("d",), null=-1.0),),
         user="user",
         probability="p",
+        timestamp="t",
         streams=streams,
         global_batch_size=streams * per_stream,
     )
@@ -141,13 +143,14 @@ def check_batch(batch: RawBatch, rows: list[dict[str, Any]], size: int) -> None:
     assert batch.users.tolist() == [row["user"] for row in rows] + [0] * padding
     assert batch.probability is not None
     assert batch.probability.tolist() == [row["p"] for row in rows] + [0.0] * padding
+    assert batch.now == max([row["t"] for row in rows], default=0)
     kinds = [array.dtype.name for array in (batch.ids, batch.lengths, batch.dense, batch.labels, batch.row_numbers)]
     assert kinds == ["int64", "int32", "float32", "float32", "int64"]
 
 
 def same(one: RawBatch, other: RawBatch) -> bool:
     arrays = ("ids", "lengths", "dense", "labels", "users", "probability", "row_numbers")
-    numbers = ("num_rows", "global_rows", "cursor")
+    numbers = ("now", "num_rows", "global_rows", "cursor")
     equal = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
     return equal and all(getattr(one, name) == getattr(other, name) for name in numbers)
 
@@ -279,12 +282,13 @@ def test_whoever_has_a_batch_may_write_in_it_and_no_other_batch_changes(tmp_path
             array[:] = 77
 
 
-def test_users_and_probabilities_are_absent_where_the_run_names_none(tmp_path: Path) -> None:
+def test_users_probabilities_and_times_are_absent_where_the_run_names_none(tmp_path: Path) -> None:
     dataset = make(tmp_path, LAYOUTS["tiny files"])
     config = DataConfig(train=("unused",), streams=8, global_batch_size=8)
     for batch in read(dataset, config, rank=7, world_size=8):
         assert batch.users is None
         assert batch.probability is None
+        assert batch.now == 0
         assert batch.dense.shape == (1, 0)
 
 
@@ -305,6 +309,7 @@ def replace(path: Path, name: str, values: list[Any]) -> None:
         ("click", None, r"001.parquet row 5: label column 'click' is null"),
         ("d", float("nan"), r"001.parquet row 5: column 'd' is nan, expected a finite number"),
         ("user", None, r"001.parquet row 5: user column 'user' is null"),
+        ("t", None, r"001.parquet row 5: timestamp column 't' is null"),
         ("p", 7.0, r"001.parquet row 5: probability column 'p' is 7.0, expected 0 to 1"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_file_that_is_not_toml_is_an_error_with_line_and_column(tmp_path: Path
         (
             lambda d: d.update(zzz=1),
             "unknown key zzz; expected one of checkpoint, data, dense_optimizer, evaluation, max_steps, model, output, "
-            "report, seed, segment_steps, sharding, tables",
+            "rename, report, seed, segment_steps, sharding, tables",
         ),
         (lambda d: d.pop("data"), "missing key data"),
         (lambda d: d["data"].pop("train"), "missing key data.train"),
@@ -198,7 +198,7 @@ def test_a_wrong_key_is_named_with_its_place_and_the_nearest_right_one(
         ("tables[0].optimizer.betas=[0.9]", "tables[0].optimizer.betas has 1 entries, expected 2"),
         ("tables[0].optimizer.betas=['a', 0.9]", "tables[0].optimizer.betas[0] is 'a', expected a number"),
         ("tables[0].ids=hash", "tables[0].ids is 'hash'; did you mean hashed?"),
-        ("tables[0].ids=7", "tables[0].ids is 7; expected one of hashed, identity"),
+        ("tables[0].ids=7", "tables[0].ids is 7; expected one of exact, hashed, identity"),
         ("tables[1].sharding=['row-wise']", "tables[1].sharding[0] is 'row-wise'; did you mean row_wise?"),
         ("tables[1].role=[]", "tables[1].role is []; expected one of embedding, linear"),
     ],

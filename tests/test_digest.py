@@ -33,6 +33,8 @@ class Content:
     ids: NDArray[np.int64]
     weight: NDArray[np.float32]
     moment: NDArray[np.float32]
+    cold: NDArray[np.float32]
+    """Cell of the cold row in all columns of the table, and of its moment."""
 
 
 def content(rows: int = 12, columns: int = 6, *, per_row: bool = False) -> Content:
@@ -42,31 +44,61 @@ def content(rows: int = 12, columns: int = 6, *, per_row: bool = False) -> Conte
         ids=rng.permutation(1000)[:rows] * 10**12,
         weight=rng.normal(size=(rows, columns)).astype(np.float32),
         moment=rng.normal(size=shape).astype(np.float32),
+        cold=np.float32([0.25, 0.5]),
     )
 
 
-def write(path: Path, table: Content, rows: Sequence[Sequence[int]], columns: Sequence[int]) -> dict[str, str]:
-    """Write a checkpoint whose blocks are ``rows`` (places) by the spans between ``columns``; its digests."""
+def write(
+    path: Path,
+    table: Content,
+    rows: Sequence[Sequence[int]],
+    columns: Sequence[int],
+    owners: int = 1,
+    **vocabulary: Any,
+) -> dict[str, str]:
+    """Write a checkpoint whose blocks are ``rows`` (places) by the spans between ``columns``; its digests.
+
+    The blocks are the slots of each owner by turns, one after the other; before each owner's there is the slot set
+    apart, and after each block one that is free, both with rows that mean nothing but for the cold row.
+    """
     tensors: dict[str, Tensor] = {"dense/bias": torch.tensor([1.5]), "dense_moments/bias/exp_avg": torch.tensor([2.5])}
     blocks: list[Block] = []
-    for places in rows:
+    ids: list[list[int]] = [[] for _ in range(owners)]
+    used: list[list[bool]] = [[] for _ in range(owners)]
+    extra: list[dict[str, list[int]]] = [{name: [] for name in vocabulary} for _ in range(owners)]
+    for turn, places in enumerate(rows):
+        owner = turn % owners
+        slot = len(ids[owner]) + 1 if ids[owner] else 0
+        chosen = np.array([-1] * (slot == 0) + [*places, -1], dtype=np.int64)
+        ids[owner] += [*table.ids[np.array(places, dtype=np.int64)].tolist(), 77]
+        used[owner] += [*[True] * len(places), False]
+        for name, values in vocabulary.items():
+            extra[owner][name] += [*values[np.array(places, dtype=np.int64)].tolist(), 88]
         for begin, end in pairwise(columns):
             name = f"tables/{TABLE}/{len(blocks)}"
-            chosen = np.array(places, dtype=np.int64)
             moment = table.moment[chosen] if table.moment.ndim == 1 else table.moment[chosen, begin:end]
-            tensors[f"{name}/ids"] = torch.from_numpy(table.ids[chosen])
-            tensors[f"{name}/weight"] = torch.from_numpy(np.ascontiguousarray(table.weight[chosen, begin:end]))
-            tensors[f"{name}/sum"] = torch.from_numpy(np.ascontiguousarray(moment))
-            blocks.append(Block(TABLE, name, 0, len(chosen), len(chosen), begin, end))
-    return digests_of(path, tensors, blocks=tuple(blocks), tables={TABLE: {"moments": ["sum"]}})
+            weight = np.ascontiguousarray(table.weight[chosen, begin:end])
+            moment = np.ascontiguousarray(moment)
+            for values, cold in ((weight, table.cold[0]), (moment, table.cold[1])):
+                values[chosen < 0] = -1000 - turn
+                if owner == 0 and slot == 0:
+                    values[0] = cold
+            tensors |= {f"{name}/weight": torch.from_numpy(weight), f"{name}/sum": torch.from_numpy(moment)}
+            blocks.append(Block(TABLE, name, owner, slot, len(chosen), begin, end))
+    for owner in range(owners):
+        arrays = {"ids": np.array(ids[owner], np.int64), "used": np.array(used[owner], np.bool_)}
+        arrays |= {name: np.array(values, np.int64) for name, values in extra[owner].items()}
+        tensors |= {f"vocabulary/{TABLE}/{owner}/{part}": torch.from_numpy(value) for part, value in arrays.items()}
+    spaces = {TABLE: {"kind": "exact", "ids_seen": 0, "slots_used": [len(of_owner) + 1 for of_owner in ids]}}
+    tables = {TABLE: {"moments": ["sum"], "space": TABLE}}
+    return digests_of(path, tensors, blocks=tuple(blocks), tables=tables, spaces=spaces, world_size=owners)
 
 
 def digests_of(path: Path, tensors: dict[str, Tensor], **fields: Any) -> dict[str, str]:
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path / SHARDS), no_dist=True)
-    plain: dict[str, Any] = {"config": {}, "data": {}, "tables": {}, "dense": {}, "plan": [], "blocks": ()}
-    manifest = Manifest(
-        step=1, cursor=Cursor(0, 1), world_size=1, evaluations=(), versions={}, files={}, **plain | fields
-    )
+    plain: dict[str, Any] = {"config": {}, "data": {}, "tables": {}, "spaces": {}, "dense": {}, "plan": []}
+    plain |= {"blocks": (), "world_size": 1}
+    manifest = Manifest(step=1, cursor=Cursor(0, 1), evaluations=(), versions={}, files={}, **plain | fields)
     found = list(digests(path, manifest))
     assert found == sorted(found)
     return dict(found)
@@ -83,7 +115,7 @@ def reference(path: Path, table: Content) -> dict[str, str]:
 def test_neither_the_order_of_rows_nor_the_cut_into_blocks_matters(tmp_path: Path, per_row: bool) -> None:
     table = content(per_row=per_row)
     expected = reference(tmp_path / "reference", table)
-    assert list(expected) == ["bias", "bias/exp_avg", TABLE, f"{TABLE}/sum"]
+    assert list(expected) == ["bias", "bias/exp_avg", TABLE, f"{TABLE}/cold", f"{TABLE}/cold/sum", f"{TABLE}/sum"]
     everywhere = [*range(12)]
     layouts: list[tuple[list[list[int]], list[int]]] = [
         ([everywhere[::-1]], [0, 6]),
@@ -93,13 +125,14 @@ def test_neither_the_order_of_rows_nor_the_cut_into_blocks_matters(tmp_path: Pat
         ([everywhere[5:], everywhere[:5]], [0, 1, 2, 3, 4, 5, 6]),
     ]
     for number, (rows, columns) in enumerate(layouts):
-        assert write(tmp_path / str(number), table, rows, columns) == expected
+        for owners in (1, 2, 3)[: len(rows)]:
+            assert write(tmp_path / f"{number}-{owners}", table, rows, columns, owners) == expected
 
 
 def test_the_same_content_under_another_name_or_state_has_the_same_digest(tmp_path: Path) -> None:
     """So that a renamed table can be found by its digest."""
     table = content()
-    same = Content(table.ids, table.weight, table.weight)
+    same = Content(table.ids, table.weight, table.weight, table.cold)
     found = reference(tmp_path, same)
     assert found[TABLE] == found[f"{TABLE}/sum"]
 
@@ -162,6 +195,30 @@ def test_any_change_of_a_row_changes_its_digest_and_no_other(tmp_path: Path, cha
     before, after = reference(tmp_path / "before", table), reference(tmp_path / "after", other)
     moved = {name for name in before if before[name] != after[name]}
     assert moved == ({TABLE, f"{TABLE}/sum"} if change is changed_id else {TABLE})
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, f"{TABLE}/cold"), (1, f"{TABLE}/cold/sum")])
+def test_a_change_of_the_cold_row_changes_its_digest_only(tmp_path: Path, place: int, name: str) -> None:
+    table, other = content(), content()
+    other.cold[place] += 1
+    before, after = reference(tmp_path / "before", table), reference(tmp_path / "after", other)
+    assert {name for name in before if before[name] != after[name]} == {name}
+
+
+@pytest.mark.parametrize("column", ["last_seen", "frequency"])
+def test_what_is_remembered_of_ids_has_a_digest_that_does_not_see_owners_and_slots(tmp_path: Path, column: str) -> None:
+    table, values = content(), np.arange(12) + 2**40
+    everywhere = [*range(12)]
+
+    def found(name: str, rows: list[list[int]], owners: int, values: NDArray[np.int64]) -> dict[str, str]:
+        return write(tmp_path / name, table, rows, [0, 6], owners, **{column: values})
+
+    before = found("before", [everywhere], 1, values)
+    assert found("moved", [everywhere[::2], everywhere[:0:-2]], 2, values) == before
+    other = values.copy()
+    other[[3, 4]] = other[[4, 3]]
+    after = found("after", [everywhere], 1, other)
+    assert {name for name in before if before[name] != after[name]} == {f"{TABLE}.ids/{column}"}
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -144,6 +144,7 @@ TRAIN = {
     *("learning_rate/dense", "learning_rate/embedding.embedding.weight"),
 }
 VALIDATION = {
+    "validation_unknown_ids",
     *("validation_rows", "validation_logloss_nats", "validation_click_rate", "validation_normalized_entropy"),
     *("validation_calibration_ratio", "validation_auc", "validation_gauc", "validation_gauc_users"),
     "validation_gauc_users_left_out",

@@ -102,7 +102,8 @@ def test_a_resumed_optimizer_goes_on_with_the_rate_of_its_step() -> None:
 def test_clipping_scales_the_dense_gradients_down_to_their_norm_and_no_other(limit: float) -> None:
     config = DenseOptimizerConfig(kind="sgd", lr=1.0)
     dense = dense_group({"v": parameter(0.0, 0.0), "w": parameter(0.0)}, config)
-    table = DenseGroup("t", {"t": parameter(0.0)}, torch.optim.SGD([parameter(0.0)], lr=1.0), ScheduleConfig())
+    sgd = torch.optim.SGD([parameter(0.0)], lr=1.0)
+    table = DenseGroup("t", {"t": parameter(0.0)}, sgd, 1.0, ScheduleConfig())
     optimizer = Optimizer([dense, table], [], max_grad_norm=limit)
     gradients = torch.tensor([3.0, -4.0, 12.0])  # of norm 13
     dense.parameters["v"].grad, dense.parameters["w"].grad = gradients[:2].clone(), gradients[2:].clone()
@@ -201,3 +202,22 @@ def test_a_data_parallel_group_speaks_for_its_table() -> None:
     made = table_group(table, parameter(1.0))
     assert made.rate().at(2) == pytest.approx(0.3)
     assert made.rate().name == "embedding.t.weight"
+    assert Optimizer([group(0.0), made], []).group_of(table.name) is made
+
+
+def test_tables_that_were_made_anew_get_the_rate_of_the_step_that_comes_next() -> None:
+    dense, old, new = group(0.0), group(0.0), group(0.0)
+    assigned: list[float] = []
+    optimizer = Optimizer([dense, old], [])
+    for _ in range(5):
+        optimizer.step()
+    optimizer.set_groups([dense, new], [Rate("table", 2.0, MOVES, assigned.append)])
+    assert optimizer.steps == 5
+    assert assigned == [2.0 * learning_rate_factor(MOVES, 5)]
+    for each in (old, new):
+        each.parameters["w"].grad = torch.ones(1)
+    optimizer.step()
+    assert old.parameters["w"].item() == 0.0
+    assert new.parameters["w"].item() == pytest.approx(-0.5 * learning_rate_factor(MOVES, 5))
+    assert dense.rate().at(6) == pytest.approx(0.5 * learning_rate_factor(MOVES, 6))  # of the full rate, not the last
+    assert assigned[-1] == pytest.approx(2.0 * learning_rate_factor(MOVES, 6))

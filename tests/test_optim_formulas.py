@@ -15,11 +15,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tests.batches import Ids, random_ids, raw_batch
 from trainer.config import DataConfig, RunConfig, ShardingConfig, TableConfig
+from trainer.exchange import Exchange
+from trainer.mapping import Mapper
 from trainer.optim import learning_rate_factor, width_correction
 from trainer.recipe import DenseOptimizerConfig, InitConfig, ScheduleConfig, SparseOptimizerConfig
 from trainer.state import TrainState, build_state, parts_in
 from trainer.tables import PhysicalTable
-from trainer.vocabulary import Mapper
 from trainer.world import World, join_world
 
 MOVES = ScheduleConfig(warmup_steps=3, decay="exponential", decay_steps=2, factor=0.5)
@@ -64,9 +65,9 @@ def live(state: TrainState, name: str = "weight") -> dict[str, Array]:
         values = {"weight": piece.weight, **piece.moments}.get(name)
         if values is None:
             continue
-        ids = piece.table.space.ids_of(piece.row, piece.row + len(piece.weight))
+        rows = piece.table.space.rows_of(np.arange(9)) - piece.row
         for part, _, _, columns in parts_in(piece):
-            found[part.table.key] = (values if values.dim() == 1 else values[:, columns])[ids].double().numpy().copy()
+            found[part.table.key] = (values if values.dim() == 1 else values[:, columns])[rows].double().numpy().copy()
     return found
 
 
@@ -75,11 +76,12 @@ def padding(state: TrainState) -> list[Tensor]:
 
 
 def train(state: TrainState) -> None:
-    mapper = Mapper(state.spaces, FEATURES, str)
+    mapper = Mapper(state, FEATURES, str, Exchange(0, 1), learns=True)
     for ids, labels in batches():
         raw = raw_batch(ids, labels=labels.astype(np.float32))
         state.optimizer.zero_grad()
-        state.model(mapper(raw).to(state.world.device))[0].backward()
+        batch = mapper.answer(raw, mapper.ask(raw), 0)
+        state.model(batch.to(state.world.device))[0].backward()
         state.optimizer.step()
 
 

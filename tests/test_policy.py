@@ -32,24 +32,33 @@ ORDER = (
     "data",
     "prefetch",
     "batch",
+    "spaces",
+    "exchange",
     "vocabulary",
+    "mapping",
     "tables",
     "task",
     "optim",
+    "allocation",
     "sharding",
     "state",
+    "growth",
+    "occupancy",
     "metrics",
     "predictions",
     "feed",
     "evaluation",
     "manifest",
     "storage",
+    "contents",
     "checkpoint",
     "digest",
     "report",
     "run",
     "loop",
     "inspection",
+    "interchange",
+    "plots",
     "click_model",
     "splits",
     "sample_data",
@@ -66,7 +75,7 @@ NEVER_IMPORTED_BY_TRAINER = {"launch", "benchmarks", "tests"}
 
 # `python -m trainer --help` imports these, and has half a second.
 LIGHT = ("errors", "config", "description", "doctor", "cli", "__main__")
-HEAVY = {"torch", "torchrec", "torchx", "fbgemm_gpu", "pyarrow", "sklearn", "scipy", "tensorboard"}
+HEAVY = {"torch", "torchrec", "torchx", "fbgemm_gpu", "pyarrow", "sklearn", "scipy", "tensorboard", "matplotlib"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -46,6 +46,14 @@ def test_patterns_keep_their_order_and_each_is_sorted_by_name(tmp_path: Path) ->
     assert columns.names == ("tags", "f1", "f10", "f2", "user", "d0", "d1", "click", "p")
 
 
+def test_the_clock_may_be_an_input_as_well_and_is_read_once(tmp_path: Path) -> None:
+    columns = resolve_columns(data(timestamp="f2"), [table("f*")], dataset(tmp_path, ROW))
+    assert columns.timestamp == "f2"
+    assert columns.names == ("f1", "f10", "f2", "click")
+    columns = resolve_columns(data(timestamp="f2"), [table("f1")], dataset(tmp_path / "other", ROW))
+    assert columns.names == ("f1", "click", "f2")
+
+
 def test_other_files_may_order_their_columns_otherwise_and_have_more(tmp_path: Path) -> None:
     other = {"extra": "anything", **dict(reversed(ROW.items()))}
     columns = resolve_columns(data(), [table("f*")], dataset(tmp_path, ROW, other))
@@ -73,6 +81,8 @@ def test_a_name_that_is_also_a_pattern_matches_itself(tmp_path: Path) -> None:
         ({"labels": ("f1",)}, "f2", r"0.parquet: label column 'f1' is string, expected a float"),
         ({"user": "tags"}, "f2", r"0.parquet: user column 'tags' is list<.*>, expected an integer or a string"),
         ({"probability": "f1"}, "f2", r"0.parquet: probability column 'f1' is string, expected a float"),
+        ({"timestamp": "f22"}, "f1", r"data.timestamp: column 'f22' is not in .*; nearest are f2"),
+        ({"timestamp": "d1"}, "f2", r"0.parquet: timestamp column 'd1' is double, expected a timestamp or whole"),
         (
             {"dense": ("d0",), "transforms": (TransformConfig(columns=("d1",)),)},
             "f1",

@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tests.batches import random_ids, raw_batch
+from tests.batches import map_once, random_ids, raw_batch, spaces_in
 from trainer.config import TableConfig
 from trainer.recipe import InitConfig, ScheduleConfig, SparseOptimizerConfig
-from trainer.tables import PhysicalTable, build_collection, initial_rows, lay_out, output_keys, spaces_of
-from trainer.vocabulary import Mapper
+from trainer.tables import (
+    PhysicalTable,
+    build_collection,
+    collections_of,
+    initial_rows,
+    lay_out,
+    output_keys,
+    spaces_of,
+    state_bytes,
+    with_stripes,
+)
 
 EMBEDDING: dict[str, Any] = {"name": "e", "features": ("a", "b"), "dim": 15, "rows": 10}
 LINEAR: dict[str, Any] = {"name": "l", "features": ("a", "b"), "dim": 1, "rows": 10, "role": "linear"}
@@ -59,6 +68,12 @@ def test_tables_of_equal_elementwise_optimizers_are_packed(kind: Any) -> None:
         ({}, {"features": ("a",)}),
         ({}, {"features": ("b", "a")}),
         ({}, {"ids": "identity"}),
+        ({"ids": "exact"}, {"ids": "exact", "max_rows": 20}),
+        ({"ids": "exact"}, {"ids": "exact", "growth_factor": 3.0}),
+        ({"ids": "exact"}, {"ids": "exact", "admit_after": 2}),
+        ({"ids": "exact", "admit_after": 2}, {"ids": "exact", "admit_after": 2, "admission": "sketch"}),
+        ({"ids": "exact"}, {"ids": "exact", "expire_after": 5}),
+        ({"ids": "exact", "evict": "lru"}, {"ids": "exact", "evict": "lfu"}),
         ({}, {"sharding": ("table_wise",)}),
         ({}, {"optimizer": SparseOptimizerConfig(lr=0.01)}),
         ({}, {"optimizer": SparseOptimizerConfig(kind="sgd")}),
@@ -130,8 +145,8 @@ def test_output_keys_are_the_keys_that_torchrec_returns(pack: bool, change: dict
     physical = lay_out(tables({}, change), 2, pack=pack)
     configs = build_collection(physical).embedding_bag_configs()
     collection = EmbeddingBagCollection(tables=configs, device=torch.device("cpu"))
-    batch = Mapper(spaces_of(physical), "abc", str)(raw_batch(random_ids(0, "abc", 3, 3)))
-    pooled = collection(batch.sparse)
+    batch = map_once(spaces_in(physical), "abc", raw_batch(random_ids(0, "abc", 3, 3)))
+    pooled = collection(batch.sparse["together"])
     expected = [(key, table.width) for table in physical for key in output_keys(physical)[table.name]]
     assert list(zip(pooled.keys(), pooled.length_per_key(), strict=True)) == expected
 
@@ -140,9 +155,63 @@ def test_the_collection_for_the_planner_has_capacity_and_width_but_no_memory() -
     physical = lay_out(tables({}, {"rows": 11}), 4, pack=True)
     shapes = {name: (tuple(p.shape), p.device.type) for name, p in build_collection(physical).named_parameters()}
     assert shapes == {
-        "embedding_bags.embedding_e.weight": ((12, 16), "meta"),
-        "embedding_bags.linear_l.weight": ((12, 4), "meta"),
+        "embedding_bags.embedding_e.weight": ((16, 16), "meta"),
+        "embedding_bags.linear_l.weight": ((16, 4), "meta"),
     }
+
+
+# ---------------------------------------------------------------- collections and capacity
+
+
+def sized(name: str, rows: int, **values: Any) -> TableConfig:
+    return TableConfig(name=name, features=("a",), dim=16, rows=rows, **values)
+
+
+def test_large_tables_that_may_grow_have_a_collection_of_their_own() -> None:
+    """A row has 16 columns and a moment each: 128 bytes, so that 2**19 rows and more are 64 MiB and more."""
+    large = 1 << 19
+    physical = lay_out(
+        [
+            sized("grows", large, ids="exact"),
+            sized("small", 100, ids="exact"),
+            sized("fixed", large, ids="hashed"),
+            sized("full", large, ids="exact", max_rows=large),
+            sized("identity", large, ids="identity", max_rows=2 * large),
+        ],
+        1,
+        pack=True,
+    )
+    members = {name: [table.first.name for table in tables] for name, tables in collections_of(physical).items()}
+    assert members == {
+        "together": ["small", "fixed", "full"],
+        "embedding_grows": ["grows"],
+        "embedding_identity": ["identity"],
+    }
+    assert list(collections_of(physical[:1])) == ["embedding_grows"]
+    grown = with_stripes(physical, {"embedding.small.weight": large + 1})
+    assert list(collections_of(grown)) == ["together", "embedding_grows", "embedding_small", "embedding_identity"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_row"),
+    [("sgd", 16 * 4), ("adagrad", 2 * 16 * 4), ("rowwise_adagrad", 16 * 4 + 4), ("adam", 3 * 16 * 4)],
+)
+def test_the_bytes_of_a_table_are_those_of_its_rows_and_moments(kind: Any, per_row: int) -> None:
+    (physical,) = lay_out(
+        [TableConfig(name="t", features=("a",), dim=15, rows=10, optimizer=SparseOptimizerConfig(kind=kind))],
+        4,
+        pack=True,
+    )
+    assert state_bytes(physical) == 4 * (1 + 3) * per_row  # 10 rows over 4 ranks: 3 each, and the slot set apart
+
+
+def test_another_capacity_changes_the_tables_of_that_space_and_nothing_else() -> None:
+    physical = lay_out(tables({"ids": "exact"}, {"rows": 11, "ids": "exact"}), 2, pack=True)
+    grown = with_stripes(physical, {"linear.l.weight": 100})
+    assert [table.space.stripe for table in grown] == [physical[0].space.stripe, 100]
+    assert [table.parts for table in grown] == [table.parts for table in physical]
+    assert grown[1].name == physical[1].name
+    assert with_stripes(physical, {}) == physical
 
 
 # ---------------------------------------------------------------- first values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
-from tests.batches import Ids, random_ids, raw_batch
+from tests.batches import Ids, map_once, random_ids, raw_batch, row_of, spaces_in
 from trainer.batch import Batch
 from trainer.config import TableConfig
 from trainer.rows import Cursor
-from trainer.tables import PhysicalTable, build_collection, lay_out, spaces_of
+from trainer.tables import PhysicalTable, build_collection, collections_of, lay_out
 from trainer.task import CTRTask, Head, by_feature
-from trainer.vocabulary import Mapper
 
 FEATURES = ("a", "b", "c")
 
@@ -56,16 +56,24 @@ def weights_of(table: TableConfig) -> Tensor:
 
 def make_task(model: nn.Module, physical: tuple[PhysicalTable, ...], **options: Any) -> CTRTask:
     """The unsharded task with ``weights_of`` in its tables and NaN where nobody may look: the padding."""
-    tables = build_collection(physical).embedding_bag_configs()
-    collection = EmbeddingBagCollection(tables=tables, device=torch.device("cpu"))
+    collections = {}
+    for name, members in collections_of(physical).items():
+        tables = build_collection(members).embedding_bag_configs()
+        collections[name] = EmbeddingBagCollection(tables=tables, device=torch.device("cpu"))
+        for table in members:
+            fill(collections[name].embedding_bags[table.name].weight, table)
+    present = {part.table.key for table in physical for part in table.parts}
+    order = [table.key for table in configs() if table.key in present]
+    options = {"order": order, "seed": 1, "world_size": 1} | options
+    return CTRTask(collections, Head(model, physical, **options))
+
+
+def fill(weight: Tensor, table: PhysicalTable) -> None:
     with torch.no_grad():
-        for table in physical:
-            weight = collection.embedding_bags[table.name].weight
-            weight.fill_(float("nan"))
-            for part in table.parts:
-                rows = torch.from_numpy(table.space.rows_of(np.arange(part.table.rows)))
-                weight[rows, part.begin : part.end] = weights_of(part.table)
-    return CTRTask(collection, Head(model, physical, **{"seed": 1, "world_size": 1} | options))
+        weight.fill_(float("nan"))
+        for part in table.parts:
+            rows = torch.from_numpy(table.space.rows_of(np.arange(part.table.rows)))
+            weight[rows, part.begin : part.end] = weights_of(part.table)
 
 
 def make_batch(
@@ -81,7 +89,7 @@ def make_batch(
         labels=np.float32(np.where(real, rng.integers(0, 2, size), 0)),
         global_rows=global_rows,
     )
-    return ids, Mapper(spaces_of(physical), FEATURES, str)(raw)
+    return ids, map_once(spaces_in(physical), FEATURES, raw)
 
 
 def naive_lookup(table: TableConfig, ids: Ids, row: int) -> list[Tensor]:
@@ -89,7 +97,7 @@ def naive_lookup(table: TableConfig, ids: Ids, row: int) -> list[Tensor]:
     (physical,) = lay_out([table], 1, pack=False)
     weight, pooled = weights_of(table), []
     for feature in table.features:
-        logical = physical.space.map(np.array(ids[feature][row], dtype=np.int64), str).tolist()
+        logical = [row_of(physical.space, i) - 1 for i in ids[feature][row]]  # on one rank, after the cold row
         total = sum((weight[i] for i in logical), torch.zeros(table.dim))
         pooled.append(total / len(logical) if table.pooling == "mean" and logical else total)
     return pooled
@@ -148,6 +156,47 @@ def test_the_model_gets_what_looking_up_id_by_id_gives(world_size: int, linear: 
         expected = torch.stack([*naive_lookup(tables[0], ids, row), *naive_lookup(tables[1], ids, row)])
         torch.testing.assert_close(embeddings[row], expected)
         torch.testing.assert_close(first_order[row], torch.cat(naive_lookup(tables[2], ids, row)))
+
+
+def regroupable() -> tuple[PhysicalTable, ...]:
+    """Tables of which one may grow, so that it has a collection of its own once it is large."""
+    tables = configs(sharding=("row_wise",))
+    tables[1] = replace(tables[1], max_rows=1000)
+    return lay_out(tables, 1, pack=True)
+
+
+def test_fields_stand_in_the_order_of_the_run_description_wherever_their_tables_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    physical, keys = regroupable(), [table.key for table in configs()]
+    seen = []
+    for smallest in (1 << 30, 0):  # bytes from which a table is large
+        monkeypatch.setattr("trainer.tables._SMALL_BYTES", smallest)
+        assert len(collections_of(physical)) == (1 if smallest else 2)
+        for order in (keys, keys[::-1]):
+            model = Adder()
+            _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+            pass_through(make_task(model, physical, order=order), batch)
+            assert model.seen is not None
+            seen.append(model.seen)
+    for place, (dense, embeddings, linear) in enumerate(seen):
+        fields = [2, 0, 1] if place % 2 else [0, 1, 2]
+        torch.testing.assert_close(dense, seen[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(embeddings, seen[0][1][:, fields], rtol=0, atol=0)
+        torch.testing.assert_close(linear, seen[0][2], rtol=0, atol=0)
+
+
+def test_a_head_finds_tables_again_after_they_were_regrouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    physical = regroupable()
+    task = make_task(Adder(), physical)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    before = pass_through(task, batch)[1]
+    monkeypatch.setattr("trainer.tables._SMALL_BYTES", 0)
+    task.tables = make_task(Adder(), physical).tables
+    task.head.find_sources(physical)
+    _, batch = make_batch(physical, size=4, num_rows=4, global_rows=4)
+    assert len(batch.sparse) == 2
+    torch.testing.assert_close(pass_through(task, batch)[1], before, rtol=0, atol=0)
 
 
 def test_a_run_without_tables_of_a_role_gives_the_model_none_of_it() -> None:
@@ -209,7 +258,7 @@ def test_padding_changes_neither_loss_nor_logits() -> None:
             dense=np.concatenate([short.raw.dense, np.full((2, 2), junk, np.float32)]),
             labels=np.concatenate([short.raw.labels, np.full(2, junk, np.float32)]),
         )
-        batch = Mapper(spaces_of(physical), FEATURES, str)(raw)
+        batch = map_once(spaces_in(physical), FEATURES, raw)
         padded_loss, padded_logits = pass_through(make_task(Adder(), physical), batch)
         torch.testing.assert_close(padded_loss, loss, rtol=0, atol=0)
         torch.testing.assert_close(padded_logits, logits, rtol=0, atol=0)
@@ -240,7 +289,7 @@ def test_logits_are_handed_on_without_their_graph() -> None:
 def logits_at(task: CTRTask, batch: Batch, cursor: Cursor, first_row: int) -> list[float]:
     torch.rand(3)  # whatever was drawn before
     raw = raw_batch(random_ids(0, FEATURES, 4, 4, below=20), row_numbers=np.arange(first_row, first_row + 4))
-    moved = Batch(batch.dense, batch.sparse, batch.labels, 4, 4, cursor, raw)
+    moved = replace(batch, cursor=cursor, raw=raw)
     return [round(value, 5) for value in task(moved)[1].logits.tolist()]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import run_ranks
 from trainer.errors import CheckpointError, ConfigError, DataError, UserError
-from trainer.world import World, is_first_of_job, join_world, launched
+from trainer.world import World, is_first_of_job, join_world, launched, ranks_launched
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -31,12 +31,22 @@ def test_alone_a_block_runs_and_its_error_is_raised_as_it_is() -> None:
 
 def test_alone_a_sum_is_its_own_value_and_gathering_gives_one() -> None:
     assert ALONE.sum_integers(3, -(2**62), 0) == [3, -(2**62), 0]
+    assert ALONE.highest_integers(3, -(2**62), 0) == [3, -(2**62), 0]
+    assert ALONE.highest_integers() == ALONE.sum_integers() == []
     assert ALONE.gather("x") == ["x"]
 
 
 def test_bugs_are_not_held_back() -> None:
     with pytest.raises(ZeroDivisionError), ALONE.together():
         _ = 1 / 0
+
+
+def test_the_number_of_ranks_is_the_launchers_and_one_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert ranks_launched() == 1
+    monkeypatch.setenv("RANK", "0")
+    assert ranks_launched() == 4
 
 
 @pytest.mark.parametrize(
@@ -95,6 +105,7 @@ def on_each_rank() -> dict[str, Any]:
             "both": outcome(world, {0: ConfigError("zero's"), 1: DataError("one's")}),
             "again": outcome(world, {}),
             "sums": world.sum_integers(1, world.rank, 10**18 * (world.rank + 1), -5),
+            "highest": world.highest_integers(world.rank, -world.rank, 2**63 - 2 + world.rank, -(2**63) + world.rank),
             "gathered": world.gather({"rank": world.rank}),
             "is_first": is_first_of_job(),
             "launched": launched(),
@@ -132,6 +143,10 @@ def test_of_two_errors_all_ranks_raise_that_of_the_lowest(ranks: list[dict[str, 
 
 def test_integers_are_summed_exactly_and_alike(ranks: list[dict[str, Any]]) -> None:
     assert [rank["sums"] for rank in ranks] == [[2, 1, 3 * 10**18, -10]] * 2
+
+
+def test_the_highest_integers_are_exact_and_alike(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["highest"] for rank in ranks] == [[1, 0, 2**63 - 1, -(2**63) + 1]] * 2
 
 
 def test_what_ranks_say_is_gathered_in_their_order(ranks: list[dict[str, Any]]) -> None:

@@ -161,7 +161,7 @@ def test_the_pipeline_overlaps_the_exchange_of_ids(click_log: Path) -> None:
     )
     del run["model"]["hidden"]
     for pipelined, warnings in run_ranks(_train_and_listen, 2, run):
-        assert pipelined == ["tables"]
+        assert pipelined == ["tables.together"]
         assert warnings == []
 
 
@@ -178,5 +178,5 @@ def _train_and_listen(plain: dict[str, Any]) -> tuple[list[str], list[str]]:
     with join_world(standalone=False) as world:
         run = start(open_inputs(build(RunConfig, plain), world), world)
         loop.train(run)
-        pipelined = [module.forward.name for module in run.pipeline._pipelined_modules]
+        pipelined = [module.forward.name for module in run.state.pipeline._pipelined_modules]
     return pipelined, heard

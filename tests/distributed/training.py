@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trainer import loop
 from trainer.checkpoint import Reader, newest_good
 from trainer.config import RunConfig
+from trainer.contents import SavedSpace
 from trainer.description import build
 from trainer.digest import digests
 from trainer.manifest import Manifest
@@ -59,10 +60,11 @@ def losses(output: Path) -> dict[int, float]:
 def saved_table(path: Path, manifest: Manifest, key: str, state: str = "weight") -> NDArray[np.float32]:
     """A table or its moments as a matrix [rows, dim] by id, from all blocks of a checkpoint."""
     reader, table = Reader(path), manifest.tables[key]
+    space = SavedSpace(table["space"], manifest, reader)
     matrix = np.full((table["rows"], table["dim"]), np.nan, dtype=np.float32)
     for block in manifest.blocks:
         if block.table == key:
-            content = reader.read_all([f"{block.path}/ids", f"{block.path}/{state}"])
-            ids, values = (content[f"{block.path}/{name}"].numpy() for name in ("ids", state))
-            matrix[ids, block.begin : block.end] = values.reshape(len(ids), -1)
+            values = reader.read_all([f"{block.path}/{state}"])[f"{block.path}/{state}"].numpy()
+            ids, used = space.ids(block.owner, block.slot, block.slots)
+            matrix[ids[used], block.begin : block.end] = values[used].reshape(np.count_nonzero(used), -1)
     return matrix
