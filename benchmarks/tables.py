@@ -1,0 +1,110 @@
+"""The tables of README.md, made from the records in results/; ``python -m benchmarks.tables`` puts them there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks import idmap
+from benchmarks.record import RESULTS, ROOT
+
+README = ROOT / "benchmarks" / "README.md"
+_BEGIN, _END = "<!-- made by python -m benchmarks.tables -->\n", "<!-- end -->\n"
+
+
+def growth(record: dict[str, Any]) -> str:
+    """The record of growth.py."""
+    parts: dict[str, Callable[[Any], str]] = {"pause": _pause, "map": _map, "exact": _exact}
+    found = [parts[part](record[part]) for part in parts if part in record]
+    return "\n\n".join([_origin(record), *found])
+
+
+def identity_map(record: dict[str, Any]) -> str:
+    """The record of idmap.py."""
+    return f"{_origin(record)}\n\n{idmap.table_of(record['maps'])}"
+
+
+def rendered(results: Path) -> str:
+    """All records that there are, each under its file's name."""
+    makers: dict[str, Callable[[dict[str, Any]], str]] = {"growth": growth, "idmap": identity_map}
+    records = [path for path in sorted(results.glob("*.json")) if path.stem in makers]
+    texts = [f"### {p.stem}.py\n\n{makers[p.stem](json.loads(p.read_text(encoding='utf-8')))}\n" for p in records]
+    return "\n".join(texts)
+
+
+def with_tables(text: str, results: Path) -> str:
+    """The README with the tables of ``results`` in their place."""
+    before, rest = text.split(_BEGIN)
+    return f"{before}{_BEGIN}\n{rendered(results)}\n{_END}{rest.split(_END)[1]}"
+
+
+def _origin(record: dict[str, Any]) -> str:
+    dirty = ", with changes not committed" if record["dirty"] else ""
+    cores = f", {record['cores']} cores, {record['memory_gib']} GiB" if "cores" in record else ""
+    load = f", load average {record['load_average'][0]:.1f} at the start" if "load_average" in record else ""
+    quick = " Small sizes: this measures nothing." if record.get("quick") else ""
+    return f"{record['date']}, commit {record['commit']}{dirty}, {record['device']}{cores}{load}.{quick}"
+
+
+def _pause(records: Sequence[dict[str, Any]]) -> str:
+    headers = ["sharding", "ranks", "rows", "copied MiB", "growth ms", "memcpy ms", "growth / memcpy", "restart ms"]
+    rows = [
+        [
+            record["sharding"],
+            record["ranks"],
+            f"{record['rows_before']:,} -> {2 * record['rows_before']:,}",
+            f"{record['copied_mib']:.1f}",
+            f"{record['growth_ms']['p50']:.0f}",
+            f"{record['copy_ms']['p50']:.0f}",
+            f"{record['growth_to_copy']:.2f}",
+            f"{record['restart_ms']['p50']:.0f}",
+        ]
+        for record in records
+    ]
+    return _table(headers, rows)
+
+
+def _map(records: Sequence[dict[str, Any]]) -> str:
+    return idmap.table_of(list(records))
+
+
+def _exact(record: dict[str, Any]) -> str:
+    headers = ["ids", "rows/s", "slower %", "first epoch", "second epoch", "fastest run", "CPU us/row", "more CPU %"]
+    rows = [
+        [
+            variant,
+            f"{found['all']['rows_per_second']['p50']:,.0f}",
+            *(f"{found[part]['slower_percent']:.1f}" for part in ("all", "epoch_1", "epoch_2")),
+            f"{found['all']['fastest_slower_percent']:.1f}",
+            f"{found['cpu_us_per_row']['p50']:.0f}",
+            f"{found['more_cpu_percent']:.1f}",
+        ]
+        for variant, found in record["variants"].items()
+    ]
+    mapping = "; ".join(
+        f"{kind}: {found['epoch_1']:.2f} ms per batch while ids are new, {found['epoch_2']:.2f} ms after"
+        for kind, found in record["mapping_ms_per_batch"].items()
+    )
+    what = (
+        f"{record['rows_per_epoch']:,} rows with {record['fields']} fields and {record['distinct_ids']:,} ids, "
+        f"{record['epochs']} epochs, {record['repeats']} runs of each."
+    )
+    return f"{_table(headers, rows)}\n\n{what} The mapping thread and new rows by themselves: {mapping}."
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def main() -> None:
+    """Put the tables of all records into README.md."""
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
