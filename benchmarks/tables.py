@@ -31,8 +31,10 @@ def identity_map(record: dict[str, Any]) -> str:
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {"growth": growth, "idmap": identity_map}
-    records = [path for path in sorted(results.glob("*.json")) if path.stem in makers]
-    texts = [f"### {p.stem}.py\n\n{makers[p.stem](json.loads(p.read_text(encoding='utf-8')))}\n" for p in records]
+    # A record is named after its program, and what it is of where one run did not measure everything.
+    records = [(path.stem.partition("_")[0], path) for path in sorted(results.glob("*.json"))]
+    known = [(program, path) for program, path in records if program in makers]
+    texts = [f"### {path.stem}\n\n{makers[program](json.loads(path.read_text('utf-8')))}\n" for program, path in known]
     return "\n".join(texts)
 
 
