@@ -279,10 +279,20 @@ def test_labels_of_0_and_1_are_read_from_any_number_type(kind: pa.DataType) -> N
     assert labels.tolist() == [0.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("values", "shown"), [([0, 2], "2"), ([1, -1], "-1"), ([0.0, 0.5], "0.5")])
-def test_a_label_that_is_not_0_or_1_is_an_error_with_its_value_and_row(values: list[float], shown: str) -> None:
+@pytest.mark.parametrize(
+    ("values", "kind", "shown"),
+    [
+        ([0, 2], pa.int8(), "2"),
+        ([1, -1], pa.int64(), "-1"),
+        ([0.0, 0.5], pa.float64(), "0.5"),
+        ([0, 1 << 63], pa.uint64(), "9223372036854775808"),
+    ],
+)
+def test_a_label_that_is_not_0_or_1_is_an_error_with_its_value_and_row(
+    values: list[float], kind: pa.DataType, shown: str
+) -> None:
     with pytest.raises(DataError, match=rf"a.parquet row 101: label column 'y' is {shown}, expected 0 or 1"):
-        labels_of(column(values), "y", PLACE)
+        labels_of(column(values, kind), "y", PLACE)
 
 
 def test_a_label_that_is_null_or_nan_is_an_error() -> None:
@@ -297,6 +307,8 @@ def test_users_are_ids_and_a_null_is_an_error() -> None:
     assert users_of(column(["x", "y"]), "u", PLACE).tolist() == [hashed("x"), hashed("y")]
     with pytest.raises(DataError, match=r"a.parquet row 100: user column 'u' is null"):
         users_of(column([None, "y"]), "u", PLACE)
+    with pytest.raises(DataError, match=r"a.parquet row 101: user column 'u' has id 9223372036854775809, beyond int64"):
+        users_of(column([1, (1 << 63) + 1], pa.uint64()), "u", PLACE)
 
 
 def test_probabilities_stay_float64_and_lie_between_0_and_1() -> None:
@@ -320,6 +332,15 @@ def test_integers_are_seconds_already(kind: pa.DataType) -> None:
     seconds = seconds_of(pa.chunked_array([pa.array([3, 5], kind), pa.array([4], kind)]), "t", PLACE)
     assert seconds.tolist() == [3, 5, 4]
     assert seconds.dtype == np.int64
+
+
+def test_an_unsigned_time_beyond_int64_is_an_error_with_its_row() -> None:
+    largest = pa.array([(1 << 63) - 1], pa.uint64())
+    assert seconds_of(pa.chunked_array([largest]), "t", PLACE).tolist() == [(1 << 63) - 1]
+    beyond = pa.array([4, 1 << 63], pa.uint64())
+    message = "a.parquet row 102: timestamp column 't' is 9223372036854775808, beyond int64; write whole seconds since"
+    with pytest.raises(DataError, match=message):
+        seconds_of(pa.chunked_array([largest, beyond]), "t", PLACE)
 
 
 def test_a_row_without_a_time_is_an_error() -> None:

@@ -131,11 +131,11 @@ def check_user_type(name: str, kind: pa.DataType, file: str) -> None:
         raise DataError(f"{file}: user column {name!r} is {kind}, expected an integer or a string per row")
 
 
-def ids_of(column: pa.ChunkedArray, name: str, place: Place) -> Ids:
-    """Raw ids of a sparse column: integers as they are, strings hashed; null and empty list both mean "no id".
+def ids_of(column: pa.ChunkedArray, name: str, place: Place, what: str = "sparse") -> Ids:
+    """Raw ids of a column: integers as they are, strings hashed; null and empty list both mean "no id".
 
     Strings and binaries become the signed 64 bits of their XXH3-64 hash with seed 0; each distinct one is hashed once
-    per chunk. A null inside a list is no id either.
+    per chunk. A null inside a list is no id either. ``what`` is the column's part, for messages.
 
     Raises:
         DataError: an unsigned id does not fit in int64.
@@ -143,7 +143,7 @@ def ids_of(column: pa.ChunkedArray, name: str, place: Place) -> Ids:
     parts: list[Ids] = []
     rows = 0
     for chunk in column.chunks:
-        parts.append(_ids_of_chunk(chunk, name, Place(place.file, place.first_row + rows)))
+        parts.append(_ids_of_chunk(chunk, f"{what} column {name!r}", Place(place.file, place.first_row + rows)))
         rows += len(chunk)
     if len(parts) == 1:
         return parts[0]
@@ -237,7 +237,7 @@ def labels_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.fl
 def users_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
     """A user column as one raw id per row, int64 [rows]; strings are hashed as in ``ids_of``."""
     _refuse_null(column, name, place, "user", "drop the row or fill it with an id of its own")
-    return ids_of(column, name, place).values
+    return ids_of(column, name, place, "user").values
 
 
 def check_time_type(name: str, kind: pa.DataType, file: str) -> None:
@@ -247,10 +247,20 @@ def check_time_type(name: str, kind: pa.DataType, file: str) -> None:
 
 
 def seconds_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.int64]:
-    """A timestamp column in whole seconds, int64 [rows]; integers are taken as seconds."""
+    """A timestamp column in whole seconds, int64 [rows]; integers are taken as seconds.
+
+    Raises:
+        DataError: a row has no time, or an unsigned one that does not fit in int64.
+    """
     _refuse_null(column, name, place, "timestamp", "drop the row or give it a time")
     if pa.types.is_timestamp(column.type):
         column = column.cast(pa.timestamp("s", column.type.tz), safe=False)
+    beyond = _beyond_int64(column)
+    if beyond is not None:
+        row, seconds = beyond
+        raise DataError(
+            f"{place.at(row)}: timestamp column {name!r} is {seconds}, beyond int64; write whole seconds since 1970"
+        )
     return column.cast(pa.int64()).to_numpy()
 
 
@@ -282,7 +292,7 @@ def _refuse_null(column: pa.ChunkedArray, name: str, place: Place, what: str, cu
         raise DataError(f"{place.at(row)}: {what} column {name!r} is null; {cure}")
 
 
-def _ids_of_chunk(array: pa.Array, name: str, place: Place) -> Ids:
+def _ids_of_chunk(array: pa.Array, called: str, place: Place) -> Ids:
     offsets, flat = None, array
     if _is_list(array.type):
         offsets = offsets_of(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))
@@ -291,7 +301,7 @@ def _ids_of_chunk(array: pa.Array, name: str, place: Place) -> Ids:
         values, valid = _hashed(flat)
     else:
         flat = flat.dictionary_decode() if pa.types.is_dictionary(flat.type) else flat
-        _refuse_beyond_int64(flat, offsets, name, place)
+        _refuse_beyond_int64(flat, offsets, called, place)
         valid = flat.is_valid().to_numpy(zero_copy_only=False) if flat.null_count else None
         plain = flat.cast(pa.int8()) if pa.types.is_boolean(flat.type) else flat
         filled = plain.fill_null(0) if flat.null_count else plain
@@ -317,15 +327,23 @@ def _hashed(flat: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None
     return padded.take(places), valid
 
 
-def _refuse_beyond_int64(flat: pa.Array, offsets: NDArray[np.int64] | None, name: str, place: Place) -> None:
-    if not pa.types.is_uint64(flat.type) or not len(flat):
+def _refuse_beyond_int64(flat: pa.Array, offsets: NDArray[np.int64] | None, called: str, place: Place) -> None:
+    beyond = _beyond_int64(flat)
+    if beyond is None:
         return
-    largest = pc.max(flat).as_py()
-    if largest is None or largest <= INT64_MAX:
-        return
-    index = pc.index(flat, largest).as_py()
+    index, id_ = beyond
     row = index if offsets is None else int(np.searchsorted(offsets, index, side="right")) - 1
     raise DataError(
-        f"{place.at(row)}: sparse column {name!r} has id {largest}, beyond int64; "
+        f"{place.at(row)}: {called} has id {id_}, beyond int64; "
         "write the ids as int64 (the same 64 bits, read as signed) or as strings"
     )
+
+
+def _beyond_int64(values: pa.Array | pa.ChunkedArray) -> tuple[int, int] | None:
+    """Place and value of the largest of some integers if int64 cannot hold it."""
+    if not pa.types.is_uint64(values.type) or not len(values):
+        return None
+    largest = pc.max(values).as_py()
+    if largest is None or largest <= INT64_MAX:
+        return None
+    return pc.index(values, largest).as_py(), largest
