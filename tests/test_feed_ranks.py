@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -78,6 +79,68 @@ def leave(exchange: Exchange, taken: int, *, by_error: bool, paused: bool = Fals
     return "left"
 
 
+def leave_early(exchange: Exchange, late: int, taken: int, source: Iterable[Item], resumes: int = 0) -> list[Any]:
+    """Leave in the middle of a segment, rank ``late`` some time after the other, whose thread is kept less far ahead.
+
+    What was taken, and the threads that are still there. ``resumes``: pauses that are answered before leaving, the last
+    one without a look at what comes then.
+    """
+    is_late, mapper, got = exchange.rank == late, Recorder(), list[Any]()
+    with feed(source, mapper, exchange, depth=30 if is_late else 1) as batches:
+        batches.segment(50)
+        if resumes:
+            while batches.pause is None:
+                got += list(batches.batches(50))
+            mapper.stripe = 20
+            batches.resume(evict=False)
+        if resumes == 2:
+            got += list(batches.batches(50))
+            batches.resume(evict=True)
+        got += list(batches.batches(taken))
+        time.sleep(0.1 * is_late)
+    return [got, [thread.name for thread in threading.enumerate() if thread.name in ("read", "map")]]
+
+
+def slowly(source: Iterable[Item]) -> Iterator[Item]:
+    for item in source:
+        time.sleep(0.02)
+        yield item
+
+
+def all_ways_to_leave_early(exchange: Exchange) -> dict[str, list[Any]]:
+    """By what was done before: what each rank took, first where rank 0 was the late one and then where rank 1 was."""
+
+    def either(taken: int, source: Callable[[], Iterable[Item]], resumes: int = 0) -> list[Any]:
+        return [leave_early(exchange, late, taken, source(), resumes) for late in (0, 1)]
+
+    def pausing(needs: int) -> Callable[[], Iterable[Item]]:
+        return lambda: chain([Item(0), Item(1), Item(2, needs=needs)], endless())
+
+    return {
+        "nothing taken": either(0, endless),
+        "one taken": either(1, endless),
+        "most taken": either(49, endless),
+        "one rank slow": either(3, lambda: slowly(endless()) if exchange.rank else endless()),
+        "near the end": either(3, lambda: items(range(5 + exchange.rank))),
+        "near a failure": either(3, lambda: failing(range(5 + exchange.rank), DataError("not reached"))),
+        "near a pause": either(1, pausing(20)),
+        "resumed": either(0, pausing(20), 1),
+        "resumed in vain": either(0, pausing(30), 1),
+        "resumed twice": either(0, pausing(30), 2),
+        "resumed and gone on": either(4, pausing(20), 1),
+    }
+
+
+def leave_and_go_on(exchange: Exchange) -> str:
+    """Rank 0 leaves after one batch; what rank 1 hears that wants them all."""
+    try:
+        with feed(endless(), None, exchange) as batches:
+            batches.segment(50)
+            return f"got {len(list(batches.batches(50 if exchange.rank else 1)))}"
+    except RuntimeError as error:
+        return str(error)
+
+
 def on_each_rank() -> dict[str, Any]:
     with join_world(standalone=False) as world:
         own, other = world.rank, 1 - world.rank
@@ -102,6 +165,8 @@ def on_each_rank() -> dict[str, Any]:
             "leave": [leave(exchange, taken, by_error=False) for taken in (0, 1, 5)],
             "leave by error": [leave(exchange, taken, by_error=True) for taken in (0, 1, 5)],
             "leave paused": [leave(exchange, taken, by_error=bool(taken), paused=True) for taken in (0, 1, 5)],
+            "leave early": all_ways_to_leave_early(exchange),
+            "go on alone": leave_and_go_on(exchange),
             "after all that": consume(exchange, items(range(3))),
         }
         exchange.close()
@@ -161,6 +226,32 @@ def test_leaving_between_segments_or_while_paused_hangs_no_rank(ranks: list[dict
         assert rank["leave"] == ["left"] * 3
         assert rank["leave by error"] == ["found outside"] * 3
         assert rank["leave paused"] == ["left", "found outside", "found outside"]
+
+
+@pytest.mark.parametrize(
+    ("before", "taken"),
+    [
+        ("nothing taken", []),
+        ("one taken", [0]),
+        ("most taken", list(range(49))),
+        ("one rank slow", [0, 1, 2]),
+        ("near the end", [0, 1, 2]),
+        ("near a failure", [0, 1, 2]),
+        ("near a pause", [0]),
+        ("resumed", [0, 1]),
+        ("resumed in vain", [0, 1]),
+        ("resumed twice", [0, 1]),
+        ("resumed and gone on", [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_leaving_in_the_middle_of_a_segment_hangs_no_rank_however_far_each_is(
+    ranks: list[dict[str, Any]], before: str, taken: list[int]
+) -> None:
+    assert [rank["leave early"][before] for rank in ranks] == [[[taken, []], [taken, []]]] * 2
+
+
+def test_a_rank_that_goes_on_when_another_has_left_hears_of_it(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["go on alone"] for rank in ranks] == ["got 1", "another rank left the feed before this one"]
 
 
 def meet_a_bug_on_one_rank() -> None:

@@ -2,14 +2,15 @@
 
 The mapping changes what the ids' owners know, so it never goes past what training has asked for (``segment``): where a
 segment ends, the vocabularies are those of the last batch trained. All ranks pause, end and fail together: at the same
-batch, for the same reason. Without that, a rank that fails would leave the others waiting in the next all-to-all.
+batch, for the same reason. Without that, a rank that fails would leave the others waiting in the next all-to-all. For
+the same reason leaving is agreed on like all else: no thread goes before a round in which all ranks hear of it.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -30,12 +31,20 @@ class Pause:
     """By id space that is too small: the stripe that the batch needs at least."""
 
 
-class _Closed(Exception):
-    """The feed was closed while its thread waited."""
+class _Left(Exception):
+    """This rank leaves the feed, and all ranks know."""
+
+
+_MOST_FLAGS = 4
+"""Flags that ranks agree on where one may leave."""
 
 
 class Feed:
-    """Iterators of batches, prepared on a thread; a context manager. Every rank makes and leaves it alike."""
+    """Iterators of batches, prepared on a thread; a context manager.
+
+    Every rank makes and leaves it alike: after the same batches and answers to pauses, however far its thread has come.
+    Leaving waits until all ranks leave or ask for more than the one that left; those get a RuntimeError.
+    """
 
     def __init__(
         self,
@@ -60,7 +69,6 @@ class Feed:
         self._seconds = 0
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
         self._raw = Prefetcher(raw, depth, "read")
         self._mapped: Prefetcher[Batch | Pause] = Prefetcher(self._batches(), depth, "map")
 
@@ -70,11 +78,10 @@ class Feed:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing.set()
-        self._tickets.put(False)
-        self._replies.put(None)
         if error is not None and not isinstance(error, UserError):
             return  # a bug on this rank alone: the others may never answer, and the threads die with the process
+        self._tickets.put(False)
+        self._replies.put(None)
         self._mapped.close()
         self._raw.close()
 
@@ -101,26 +108,33 @@ class Feed:
         self._replies.put(evict)
 
     def _batches(self) -> Iterator[Batch | Pause]:
-        """What the mapping thread does; each step is a round in which all ranks take part."""
-        try:
-            while self._tickets.get():
-                raw, failure = self._next_raw()
-                ends, fails, stops = self._agree(raw is None, failure is not None, self._wants_stop())
-                if fails:
-                    raise self._first(failure)
-                if raw is None or ends or stops:
-                    self.stopped = bool(stops)
-                    return
-                questions = self._ask(raw)
-                while pause := self._too_small(raw, questions):
-                    yield pause
-                    self._make_room(questions, pause)
+        """What the mapping thread does; each step is a round in which all ranks take part, and so is leaving."""
+        with suppress(_Left):
+            try:
+                while (raw := self._next_raw()) is not None:
                     questions = self._ask(raw)
-                yield self._mapper.answer(raw, questions, self._seconds)
-        except _Closed:
-            return
+                    while pause := self._too_small(raw, questions):
+                        yield pause
+                        self._make_room(questions)
+                        questions = self._ask(raw)
+                    yield self._mapper.answer(raw, questions, self._seconds)
+            except GeneratorExit:  # left with batches that were allowed and not taken
+                self._meet(leaves=True)
 
-    def _next_raw(self) -> tuple[RawBatch | None, UserError | None]:
+    def _next_raw(self) -> RawBatch | None:
+        """The next batch that is allowed, once it is; None where all ranks end."""
+        allowed = self._tickets.get()
+        raw, failure = self._read() if allowed else (None, None)
+        wants_stop = allowed and self._wants_stop()
+        ends, fails, stops = self._meet(raw is None, failure is not None, wants_stop, leaves=not allowed)
+        if fails:
+            raise self._first(failure)
+        if ends or stops:
+            self.stopped = bool(stops)
+            return None
+        return raw
+
+    def _read(self) -> tuple[RawBatch | None, UserError | None]:
         try:
             return next(self._raw, None), None
         except UserError as failure:
@@ -153,10 +167,9 @@ class Feed:
             self._mapper.note_ids_seen(highest[len(states) :])
         return None
 
-    def _make_room(self, questions: list[Question], pause: Pause) -> None:
+    def _make_room(self, questions: list[Question]) -> None:
         evict = self._replies.get()
-        if evict is None or self._closing.is_set():
-            raise _Closed
+        self._meet(leaves=evict is None)
         failure = None
         try:
             if evict:
@@ -165,6 +178,17 @@ class Feed:
             failure = error
         if self._agree(failure is not None)[0]:
             raise self._first(failure)
+
+    def _meet(self, *flags: bool, leaves: bool) -> list[int]:
+        """Agree where a rank may leave, on as many flags everywhere: it does not know what the others are about to do.
+
+        Raises:
+            _Left: this rank leaves. RuntimeError: another one does, and this one has been asked for more.
+        """
+        left, *highest = self._agree(leaves, *flags, *[False] * (_MOST_FLAGS - 1 - len(flags)))
+        if left:
+            raise _Left if leaves else RuntimeError("another rank left the feed before this one")
+        return highest[: len(flags)]
 
     def _agree(self, *flags: bool) -> list[int]:
         return self._exchange.highest([int(flag) for flag in flags])
