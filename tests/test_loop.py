@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
 from tests.command_line import Outcome, call
-from tests.small_data import run_plain, run_toml, write_click_log
+from tests.small_data import SPARSE, run_plain, run_toml, write_click_log
 from trainer.checkpoint import path_of, steps_in
 from trainer.config import RunConfig
 from trainer.description import build
 from trainer.loop import boundaries, has_stalled, total_steps_of
+from trainer.plots import GROWTH
+from trainer.report import Report
 
 counts = st.integers(1, 12)
 
@@ -164,3 +169,40 @@ def test_the_rows_of_the_segments_of_an_epoch_are_the_rows_of_the_files(overfitt
     by_epoch = [sum(line["train_rows"] for line in lines if line["epoch"] == epoch + 1) for epoch in range(3)]
     assert by_epoch == [320, 320, 320]
     assert {line["validation_rows"] for line in lines if "validation_rows" in line} == {80}
+
+
+# How it ends
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Path:
+    """A run description whose tables begin with 100 rows and may have 150, with too many ids for them."""
+    write_click_log(tmp_path)
+    table = {"features": list(SPARSE), "ids": "exact", "rows": 100, "max_rows": 150}
+    tables = [{"name": "embedding", "dim": 15, **table}, {"name": "fc", "role": "linear", "dim": 1, **table}]
+    return run_toml(tmp_path, tables=tables, segment_steps=1)
+
+
+def test_a_run_that_ends_with_a_full_table_leaves_a_picture_of_what_was_recorded(growing: Path) -> None:
+    call("train", growing).complains_of("table 'embedding.embedding.weight' is full")
+    output = growing.parent / "run"
+    step = len(metrics_of(output))
+    assert step > 0
+    assert steps_in(output / "checkpoints")[-1] == step
+    assert imread(output / GROWTH).ndim == 3
+
+
+def test_a_run_that_a_signal_stops_leaves_a_picture_too(growing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(report: Report, step: int, values: dict[str, float]) -> None:
+        record(report, step, values)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    record = Report.record
+    monkeypatch.setattr(Report, "record", recorded)
+    assert call("train", growing, "--set", "tables[0].max_rows=0", "--set", "tables[1].max_rows=0").code == 75
+    assert imread(growing.parent / "run" / GROWTH).ndim == 3
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_hide_why_the_run_ended(growing: Path) -> None:
+    (growing.parent / "run" / GROWTH).mkdir(parents=True)
+    call("train", growing).complains_of("table 'embedding.embedding.weight' is full")

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import models
@@ -17,7 +17,7 @@ from trainer import manifest as manifests
 from trainer.config import RunConfig, to_plain
 from trainer.dataset import open_dataset
 from trainer.description import build
-from trainer.errors import ConfigError, DataError, OutputError
+from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
 from trainer.manifest import write_atomically
 from trainer.plots import GROWTH, draw_growth
@@ -36,6 +36,8 @@ _WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "res
 def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     """Train to the end of the run and score its test data; False if a signal stopped it in a state to go on from.
 
+    However it ends, a mistake of the user included, what it recorded until then is drawn.
+
     Raises:
         UserError: on every rank alike.
     """
@@ -50,10 +52,16 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
             _clear(output, world)
         run = start(open_inputs(config, world), world)
         _announce(run)
-        finished = loop.train(run)
-        if finished:
-            _finish(run)
-        _draw(run)
+        try:
+            finished = loop.train(run)
+            if finished:
+                _finish(run)
+        except UserError:
+            with suppress(OutputError):  # the mistake is what the user must hear of
+                _draw(run)
+            raise
+        with world.together():
+            _draw(run)
     return finished
 
 
@@ -136,12 +144,11 @@ def _finish(run: Run) -> None:
 
 
 def _draw(run: Run) -> None:
-    """Draw the growth of the tables that may grow. Collective."""
+    """Draw the growth of the tables that may grow; the chief's task, of which the other ranks hear nothing."""
     config, world = run.config, run.state.world
-    spaces = spaces_of(lay_out(config.tables, world.size, pack=config.sharding.pack))
-    with world.together():
-        if world.is_chief:
-            draw_growth(Path(config.output), {space.name: space.rules.rows for space in spaces if space.can_grow})
+    if world.is_chief:
+        spaces = spaces_of(lay_out(config.tables, world.size, pack=config.sharding.pack))
+        draw_growth(Path(config.output), {space.name: space.rules.rows for space in spaces if space.can_grow})
 
 
 def import_state_dict(path: Path, config: RunConfig, *, partial: bool) -> str:
