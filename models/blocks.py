@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import options
+from models.fields import lie_apart, linear_of_fields
 from models.norm import BatchNorm
 
 Activation = Literal["relu", "prelu", "dice", "gelu", "silu"]
@@ -130,6 +131,15 @@ class MLP(nn.Module):
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return logits, shape [B], if ``logit``, else the last hidden layer, shape [B, H]."""
         out: Tensor = self.mlp(x_BI)
+        return out
+
+    def of_fields(self, dense_BN: Tensor, embeddings_BFD: Tensor, num_dense: int) -> Tensor:
+        """Return what ``forward`` does of ``deep_input``, of padded rows without copying them together."""
+        first = self.mlp[0]
+        is_cast = torch.is_autocast_enabled(embeddings_BFD.device.type)
+        if is_cast or type(first) is not nn.Linear or not lie_apart(embeddings_BFD):
+            return self(deep_input(dense_BN, embeddings_BFD, num_dense))
+        out: Tensor = self.mlp[1:](linear_of_fields(first, dense_BN, embeddings_BFD))
         return out
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 
 from models import options
-from models.blocks import MLP, MLPOptions, deep_input
+from models.blocks import MLP, MLPOptions
 from models.fm import pairwise
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
@@ -42,6 +42,6 @@ class DeepFM(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
-        deep_B: Tensor = self.mlp(deep_input(dense_BN, embeddings_BFD, self.num_dense))
+        deep_B: Tensor = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
         logits_B = pairwise(embeddings_BFD) + deep_B
         return logits_B if self.linear is None else self.linear(dense_BN, embeddings_BFD, linear_BF) + logits_B

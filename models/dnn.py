@@ -7,7 +7,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from models.blocks import MLP, MLPOptions, deep_input
+from models.blocks import MLP, MLPOptions
 from models.model import CTRModel
 
 
@@ -21,5 +21,5 @@ class DNN(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]; ``linear_BF`` is not used."""
-        logits_B: Tensor = self.mlp(deep_input(dense_BN, embeddings_BFD, self.num_dense))
+        logits_B: Tensor = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
         return logits_B

@@ -3,9 +3,11 @@
 Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models import options
 from models.linear import FirstOrder
@@ -21,9 +23,27 @@ def pairwise(embeddings_BFD: Tensor) -> Tensor:
     >>> pairwise(torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]]))  # 11 + 17 + 39
     tensor([67.])
     """
-    square_of_sum_BD = embeddings_BFD.sum(dim=1).square()
-    sum_of_squares_BD = embeddings_BFD.square().sum(dim=1)
-    return 0.5 * (square_of_sum_BD - sum_of_squares_BD).sum(dim=1)
+    pairs_B: Tensor = _Pairwise.apply(embeddings_BFD)
+    return pairs_B
+
+
+class _Pairwise(torch.autograd.Function):
+    """The same with its gradient, ``sum_j v_j - v_i`` for field i, in one pass where autograd takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings_BFD: Tensor) -> Tensor:
+        """Shape [B]."""
+        sum_BD = embeddings_BFD.sum(dim=1)
+        sum_of_squares_BD = embeddings_BFD.square().sum(dim=1)
+        ctx.save_for_backward(embeddings_BFD, sum_BD)
+        return 0.5 * (sum_BD.square() - sum_of_squares_BD).sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> Tensor:
+        """Shape [B, F, D]."""
+        embeddings_BFD, sum_BD = ctx.saved_tensors
+        return torch.sub(sum_BD.unsqueeze(1), embeddings_BFD).mul_(grad_B[:, None, None])
 
 
 class FM(CTRModel):

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Unpack
 from torch import Tensor
 
 from models import options
-from models.blocks import MLP, MLPOptions, deep_input
+from models.blocks import MLP, MLPOptions
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
 
@@ -40,5 +40,5 @@ class WideDeep(CTRModel):
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
         wide_B: Tensor = self.linear(dense_BN, embeddings_BFD, linear_BF)
-        deep_B: Tensor = self.mlp(deep_input(dense_BN, embeddings_BFD, self.num_dense))
+        deep_B: Tensor = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
         return wide_B + deep_B

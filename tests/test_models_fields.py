@@ -1,0 +1,61 @@
+"""A first layer over padded rows: the same values and gradients as over the columns in use, copied together."""
+
+import itertools
+
+import pytest
+import torch
+
+from models.blocks import MLP
+from models.fields import lie_apart, linear_of_fields
+from models.fm import pairwise
+
+B, F, D, N = 5, 3, 6, 2
+
+
+def rows(pitch, begin=0, spare=0):
+    """Double [B, F, D] in rows of F * pitch + spare, and the leaf that it is a view of."""
+    leaf = torch.randn(B, F * pitch + spare, dtype=torch.double, requires_grad=True)
+    return leaf[:, : F * pitch].unflatten(1, (F, pitch))[:, :, begin : begin + D], leaf
+
+
+@pytest.mark.parametrize(("num_dense", "spare"), itertools.product((0, N), (0, 7)))
+def test_padded_rows_enter_a_layer_as_their_columns_in_use_would(num_dense, spare):
+    embeddings, leaf = rows(D + 2, spare=spare)
+    dense = torch.randn(B, num_dense, dtype=torch.double)
+    layer = torch.nn.Linear(F * D + num_dense, 4).double()
+    weights = torch.randn(B, 4, dtype=torch.double)
+    results = []
+    for out in (linear_of_fields(layer, dense, embeddings), layer(torch.cat([embeddings.flatten(1), dense], dim=1))):
+        results.append([out, *torch.autograd.grad((out * weights).sum(), [leaf, layer.weight, layer.bias])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_rows_lie_apart_only_if_the_columns_between_them_can_be_read():
+    assert lie_apart(rows(D + 2)[0])
+    assert lie_apart(rows(D + 1, spare=3)[0])
+    assert not lie_apart(rows(D)[0])  # side by side
+    assert not lie_apart(rows(2 * D)[0])  # more gap than field
+    assert not lie_apart(rows(D + 2, begin=1)[0])  # the last row would end behind the tensor's memory
+    assert not lie_apart(rows(D + 2)[0].transpose(0, 1))
+    assert not lie_apart(rows(D + 2)[0][:0])
+    assert not lie_apart(torch.randn(B, D, F).transpose(1, 2))
+
+
+def test_an_mlp_gives_the_same_of_padded_and_of_copied_rows():
+    for hidden, activation in itertools.product(([4, 3], [4], []), ("relu", "dice")):
+        mlp = MLP(F * D + N, logit=True, hidden=hidden, activation=activation).double()
+        embeddings, _ = rows(D + 2)
+        dense = torch.randn(B, N, dtype=torch.double)
+        expected = mlp(torch.cat([embeddings.flatten(1), dense], dim=1))
+        torch.testing.assert_close(mlp.of_fields(dense, embeddings, N), expected)
+        torch.testing.assert_close(mlp.of_fields(dense, embeddings.contiguous(), N), expected)
+
+
+def test_the_gradient_of_all_pairs_is_that_of_their_products():
+    embeddings, leaf = rows(D + 2)
+    weights = torch.randn(B, dtype=torch.double)
+    expected = sum((embeddings[:, i] * embeddings[:, j]).sum(1) for i, j in itertools.combinations(range(F), 2))
+    (gradient,) = torch.autograd.grad((pairwise(embeddings) * weights).sum(), leaf)
+    torch.testing.assert_close(pairwise(embeddings), expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), leaf)[0])
