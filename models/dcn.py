@@ -84,38 +84,50 @@ class CrossNetwork(nn.Module):
         return x_BI
 
 
-class DCN(CTRModel):
+class Crossed(CTRModel):
+    """Cross layers and an MLP over ``x_0 = [v_1, ..., v_F, dense]``: what both versions are but for their layers.
+
+    In parallel ``<w, [cross(x_0), MLP(x_0)]> + b``, else ``<w, MLP(cross(x_0))> + b``.
+    """
+
+    def __init__(
+        self, width: int, num_dense: int, layers: Iterable[nn.Module], mlp: MLPOptions, *, parallel: bool
+    ) -> None:
+        super().__init__()
+        self.num_dense = num_dense
+        self.parallel = parallel
+        self.mlp = MLP(width, logit=False, **mlp)
+        if parallel:
+            refuse_no_hidden(mlp)
+        self.cross = CrossNetwork(layers)
+        self.head = Logit((width if parallel else 0) + self.mlp.out_features)
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        """Return logits, shape [B]; ``linear_BF`` is not used."""
+        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
+        crossed_BI = self.cross(x0_BI)
+        if self.parallel:
+            parallel_B: Tensor = self.head(torch.cat([crossed_BI, self.mlp(x0_BI)], dim=1))
+            return parallel_B
+        stacked_B: Tensor = self.head(self.mlp(crossed_BI))
+        return stacked_B
+
+
+class DCN(Crossed):
     """``<w, [cross(x_0), MLP(x_0)]> + b`` with ``x_0 = [v_1, ..., v_F, dense]`` (Wang et al. 2017, equation 5).
 
     cross_layers: how many ``VectorCross`` layers; crosses have a degree of up to ``cross_layers + 1``.
     """
 
     def __init__(
-        self,
-        *,
-        num_dense: int,
-        num_fields: int,
-        dim: int,
-        cross_layers: int = 3,
-        **mlp: Unpack[MLPOptions],
+        self, *, num_dense: int, num_fields: int, dim: int, cross_layers: int = 3, **mlp: Unpack[MLPOptions]
     ) -> None:
-        super().__init__()
         options.whole("cross_layers", cross_layers, least=1)
         width = num_fields * dim + num_dense
-        self.num_dense = num_dense
-        self.mlp = MLP(width, logit=False, **mlp)
-        refuse_no_hidden(mlp)
-        self.cross = CrossNetwork(VectorCross(width) for _ in range(cross_layers))
-        self.head = Logit(width + self.mlp.out_features)
-
-    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
-        """Return logits, shape [B]; ``linear_BF`` is not used."""
-        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
-        logits_B: Tensor = self.head(torch.cat([self.cross(x0_BI), self.mlp(x0_BI)], dim=1))
-        return logits_B
+        super().__init__(width, num_dense, (VectorCross(width) for _ in range(cross_layers)), mlp, parallel=True)
 
 
-class DCNv2(CTRModel):
+class DCNv2(Crossed):
     """Crosses with a full or low-rank matrix per layer (Wang et al. 2021, "DCN V2").
 
     cross_layers: how many cross layers.
@@ -135,27 +147,11 @@ class DCNv2(CTRModel):
         structure: Structure = "parallel",
         **mlp: Unpack[MLPOptions],
     ) -> None:
-        super().__init__()
         options.whole("cross_layers", cross_layers, least=1)
         options.one_of("structure", structure, get_args(Structure))
         width = num_fields * dim + num_dense
-        self.num_dense = num_dense
-        self.parallel = structure == "parallel"
-        self.mlp = MLP(width, logit=False, **mlp)
-        if self.parallel:
-            refuse_no_hidden(mlp)
-        self.cross = CrossNetwork(matrix_cross(width, rank) for _ in range(cross_layers))
-        self.head = Logit((width if self.parallel else 0) + self.mlp.out_features)
-
-    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
-        """Return logits, shape [B]; ``linear_BF`` is not used."""
-        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
-        crossed_BI = self.cross(x0_BI)
-        if self.parallel:
-            parallel_B: Tensor = self.head(torch.cat([crossed_BI, self.mlp(x0_BI)], dim=1))
-            return parallel_B
-        stacked_B: Tensor = self.head(self.mlp(crossed_BI))
-        return stacked_B
+        layers = (matrix_cross(width, rank) for _ in range(cross_layers))
+        super().__init__(width, num_dense, layers, mlp, parallel=structure == "parallel")
 
 
 def matrix_cross(width: int, rank: int | None) -> nn.Module:

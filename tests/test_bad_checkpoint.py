@@ -14,22 +14,13 @@ import pytest
 
 from tests import spoil
 from tests.command_line import call, digests
-from tests.small_data import run_toml, write_click_log
+from tests.small_data import run_toml
 from trainer import manifest as manifests
 from trainer.errors import CheckpointError
 
 STEPS = 20
 
 Spoiler = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A click log and a run on it that has checkpoints of steps 10, 15 and 20."""
-    directory = tmp_path_factory.mktemp("finished")
-    write_click_log(directory)
-    assert call("train", run_toml(directory)).code == 0
-    return directory
 
 
 @pytest.fixture

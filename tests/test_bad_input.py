@@ -29,15 +29,6 @@ MIDDLE = "step-00000005"
 Spoiler = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A click log that is not spoilt, and a run description for it."""
-    directory = tmp_path_factory.mktemp("click-log")
-    write_click_log(directory)
-    run_toml(directory)
-    return directory
-
-
 # The run description
 
 

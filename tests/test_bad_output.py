@@ -16,21 +16,11 @@ import pytest
 
 from tests.command_line import call, digests
 from tests.resources import largest_file, small_disk
-from tests.small_data import run_toml, write_click_log
 from trainer import loop
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--set", "data.epochs=10")
 """Long enough for a signal to come in the middle: 100 steps, of which the first five are over when it is sent."""
-
-
-@pytest.fixture(scope="module")
-def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A click log and a run description for it, whose run nobody starts in place."""
-    directory = tmp_path_factory.mktemp("click-log")
-    write_click_log(directory)
-    run_toml(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.command_line import call, digests
 from tests.distributed.training import saved_table
-from tests.small_data import SPARSE, run_plain, run_toml, write_click_log
+from tests.small_data import SPARSE, run_plain, run_toml
 from trainer import checkpoint
 from trainer import manifest as manifests
 from trainer.config import RunConfig
@@ -75,21 +75,12 @@ def test_a_checkpoint_that_is_being_deleted_counts_no_more(tmp_path: Path, monke
 # Real ones
 
 
-@pytest.fixture(scope="module")
-def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A click log and a finished run on it: 12 wide and 1 wide tables, checkpoints of steps 10, 15 and 20."""
-    directory = tmp_path_factory.mktemp("click-log")
-    write_click_log(directory)
-    assert call("train", run_toml(directory)).code == 0
-    return directory
-
-
 def newest(directory: Path) -> Path:
     return checkpoint.path_of(directory / "run" / "checkpoints", 20)
 
 
-def test_a_run_keeps_as_many_as_it_was_told(click_log: Path, tmp_path: Path) -> None:
-    run = run_toml(click_log, output=str(tmp_path / "run"), checkpoint={"keep": 2, "every_steps": 4})
+def test_a_run_keeps_as_many_as_it_was_told(finished: Path, tmp_path: Path) -> None:
+    run = run_toml(finished, output=str(tmp_path / "run"), checkpoint={"keep": 2, "every_steps": 4})
     assert call("train", run).code == 0
     manifest = manifests.read(checkpoint.path_of(tmp_path / "run" / "checkpoints", 20))
     best = manifest.best(higher_is_better=True)
@@ -97,12 +88,12 @@ def test_a_run_keeps_as_many_as_it_was_told(click_log: Path, tmp_path: Path) -> 
     assert checkpoint.steps_in(tmp_path / "run" / "checkpoints") == sorted({16, 20, best[0]})
 
 
-def test_the_output_of_a_run_stands_for_its_newest_checkpoint(click_log: Path) -> None:
-    assert checkpoint.find(click_log / "run") == checkpoint.find(newest(click_log))
-    assert checkpoint.newest_good(click_log / "run" / "checkpoints") == checkpoint.find(newest(click_log))
+def test_the_output_of_a_run_stands_for_its_newest_checkpoint(finished: Path) -> None:
+    assert checkpoint.find(finished / "run") == checkpoint.find(newest(finished))
+    assert checkpoint.newest_good(finished / "run" / "checkpoints") == checkpoint.find(newest(finished))
 
 
-def test_what_is_no_checkpoint_is_not_found(click_log: Path, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_not_found(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is neither a whole checkpoint nor the output of a run; name one"):
         checkpoint.find(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -111,17 +102,17 @@ def test_what_is_no_checkpoint_is_not_found(click_log: Path, tmp_path: Path) -> 
     assert checkpoint.newest_good(tmp_path / "absent") is None
 
 
-def test_every_file_of_a_checkpoint_has_a_checksum(click_log: Path) -> None:
-    path = newest(click_log)
+def test_every_file_of_a_checkpoint_has_a_checksum(finished: Path) -> None:
+    path = newest(finished)
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert set(manifests.read(path).files) == files - {manifests.NAME}
 
 
-def test_tables_are_saved_in_logical_width_and_every_row_once(click_log: Path) -> None:
-    manifest = manifests.read(newest(click_log))
+def test_tables_are_saved_in_logical_width_and_every_row_once(finished: Path) -> None:
+    manifest = manifests.read(newest(finished))
     for key, dim in (("embedding.embedding.weight", 15), ("linear.fc.weight", 1)):
         for state in ("weight", "sum"):
-            matrix = saved_table(newest(click_log), manifest, key, state)
+            matrix = saved_table(newest(finished), manifest, key, state)
             assert matrix.shape == (1000, dim)
             assert np.isfinite(matrix).all(), "a row is in no block"
         cells = sum(block.slots * (block.end - block.begin) for block in manifest.blocks if block.table == key)
@@ -130,14 +121,14 @@ def test_tables_are_saved_in_logical_width_and_every_row_once(click_log: Path) -
 
 @pytest.mark.parametrize("sharding", ["row_wise", "column_wise", "data_parallel"])
 def test_another_layout_loads_and_saves_the_same_rows_and_moments(
-    click_log: Path, tmp_path: Path, sharding: str
+    finished: Path, tmp_path: Path, sharding: str
 ) -> None:
     """The plan is not part of what a run must keep: only rows and moments of ids are."""
-    shutil.copytree(click_log / "run", tmp_path / "run")
+    shutil.copytree(finished / "run", tmp_path / "run")
     for step in (10, 15):
         shutil.rmtree(checkpoint.path_of(tmp_path / "run" / "checkpoints", step))
     before = digests(tmp_path / "run")
-    plain = other_layout(click_log, tmp_path / "run", sharding)
+    plain = other_layout(finished, tmp_path / "run", sharding)
     with join_world(standalone=True) as world:
         run = start(open_inputs(build(RunConfig, plain), world), world)
         path, manifest = checkpoint.find(tmp_path / "run")
@@ -146,9 +137,9 @@ def test_another_layout_loads_and_saves_the_same_rows_and_moments(
     assert path == newest(tmp_path)
 
 
-def other_layout(click_log: Path, output: Path, sharding: str) -> dict[str, Any]:
+def other_layout(finished: Path, output: Path, sharding: str) -> dict[str, Any]:
     """The run of the click log with its tables apart and sharded otherwise."""
-    plain = run_plain(click_log, output=str(output), sharding={"pack": False})
+    plain = run_plain(finished, output=str(output), sharding={"pack": False})
     for table in plain["tables"]:
         table["sharding"] = [sharding]
     return plain
@@ -164,11 +155,11 @@ def other_layout(click_log: Path, output: Path, sharding: str) -> dict[str, Any]
     ],
 )
 def test_a_state_of_another_shape_is_refused_by_name(
-    click_log: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+    finished: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ) -> None:
-    plain = run_plain(click_log, output=str(tmp_path), model=overrides.get("model", {}))
+    plain = run_plain(finished, output=str(tmp_path), model=overrides.get("model", {}))
     plain["tables"][0] |= {"features": list(SPARSE), **overrides.get("tables", {})}
     with join_world(standalone=True) as world:
         run = start(open_inputs(build(RunConfig, plain), world), world)
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.load(*checkpoint.find(click_log / "run"), run.state)
+            checkpoint.load(*checkpoint.find(finished / "run"), run.state)

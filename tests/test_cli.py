@@ -47,6 +47,11 @@ def write_run(folder: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
 @pytest.fixture
 def stub_module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Puts functions in the place of a module that a command imports when it runs; what they were called with."""
@@ -239,12 +244,8 @@ def test_the_doctors_findings_are_the_exit_code(stub_module: Callable[..., list[
 
 @pytest.mark.parametrize("error", UserError.__subclasses__())
 def test_a_users_mistake_of_any_kind_is_one_line_and_code_one(
-    error: type[UserError],
-    stub_module: Callable[..., list[Any]],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    error: type[UserError], stub_module: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
     stub_module("commands", evaluate=error("what is\n  wrong;\tdo this"))
     assert exit_code("evaluate", "run") == 1
     assert capsys.readouterr() == ("", "error: what is wrong; do this\n")
@@ -300,11 +301,9 @@ def test_a_wrong_run_description_ends_before_anything_is_started(
     tmp_path: Path,
     stub_module: Callable[..., list[Any]],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     override: str,
     message: str,
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
     calls = stub_module("commands", train=ConfigError("never called"))
     assert exit_code("train", write_run(tmp_path), "--set", override) == 1
     assert capsys.readouterr() == ("", message)

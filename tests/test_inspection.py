@@ -17,6 +17,19 @@ from trainer.sample_data import write_sample_data
 
 ROOT = Path(__file__).parent.parent
 
+
+def hidden_layer(number: int, inputs: int, units: int) -> str:
+    """Parameters of one hidden layer with a Dice activation."""
+    return f"""mlp.mlp.{number}.weight           torch.Size([{units}, {inputs}])
+mlp.mlp.{number}.bias             torch.Size([{units}])
+mlp.mlp.{number + 1}.alpha            torch.Size([{units}])
+mlp.mlp.{number + 1}.bn.weight        torch.Size([{units}])
+mlp.mlp.{number + 1}.bn.bias          torch.Size([{units}])
+mlp.mlp.{number + 1}.bn.running_mean  torch.Size([{units}])
+mlp.mlp.{number + 1}.bn.running_var   torch.Size([{units}])
+mlp.mlp.{number + 1}.bn.num_batches_tracked torch.Size([])"""
+
+
 DEEPFM = """
 linear.bias                torch.Size([1])
 linear.fc.weight           torch.Size([2000000, 1])
@@ -28,31 +41,10 @@ mlp.mlp.4.weight           torch.Size([1, 32])
 mlp.mlp.4.bias             torch.Size([1])
 embedding.embedding.weight torch.Size([1000000, 15])
 """
-DNN_DICE = """
-mlp.mlp.0.weight           torch.Size([128, 705])
-mlp.mlp.0.bias             torch.Size([128])
-mlp.mlp.1.alpha            torch.Size([128])
-mlp.mlp.1.bn.weight        torch.Size([128])
-mlp.mlp.1.bn.bias          torch.Size([128])
-mlp.mlp.1.bn.running_mean  torch.Size([128])
-mlp.mlp.1.bn.running_var   torch.Size([128])
-mlp.mlp.1.bn.num_batches_tracked torch.Size([])
-mlp.mlp.2.weight           torch.Size([64, 128])
-mlp.mlp.2.bias             torch.Size([64])
-mlp.mlp.3.alpha            torch.Size([64])
-mlp.mlp.3.bn.weight        torch.Size([64])
-mlp.mlp.3.bn.bias          torch.Size([64])
-mlp.mlp.3.bn.running_mean  torch.Size([64])
-mlp.mlp.3.bn.running_var   torch.Size([64])
-mlp.mlp.3.bn.num_batches_tracked torch.Size([])
-mlp.mlp.4.weight           torch.Size([32, 64])
-mlp.mlp.4.bias             torch.Size([32])
-mlp.mlp.5.alpha            torch.Size([32])
-mlp.mlp.5.bn.weight        torch.Size([32])
-mlp.mlp.5.bn.bias          torch.Size([32])
-mlp.mlp.5.bn.running_mean  torch.Size([32])
-mlp.mlp.5.bn.running_var   torch.Size([32])
-mlp.mlp.5.bn.num_batches_tracked torch.Size([])
+DNN_DICE = f"""
+{hidden_layer(0, 705, 128)}
+{hidden_layer(2, 128, 64)}
+{hidden_layer(4, 64, 32)}
 mlp.mlp.6.weight           torch.Size([1, 32])
 mlp.mlp.6.bias             torch.Size([1])
 embedding.embedding.weight torch.Size([1000000, 15])

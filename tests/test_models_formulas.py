@@ -117,12 +117,13 @@ def test_dnn_is_a_perceptron_over_embeddings_then_dense(num_dense, num_fields, d
 
 
 @sizes
-def test_deepfm_is_fm_plus_a_perceptron(num_dense, num_fields, dim):
-    model = make("deepfm", num_dense, num_fields, dim, hidden=[6, 3])
+@pytest.mark.parametrize(("kind", "crosses"), [("deepfm", pairs), ("wide_deep", lambda e: 0.0)])
+def test_deepfm_is_fm_and_wide_and_deep_is_lr_plus_a_perceptron(kind, crosses, num_dense, num_fields, dim):
+    model = make(kind, num_dense, num_fields, dim, hidden=[6, 3])
     expect(
         model,
         inputs(num_dense, num_fields, dim),
-        lambda d, e, w: first_order(model, d, w) + pairs(e) + perceptron(model.mlp, flat(d, e)),
+        lambda d, e, w: first_order(model, d, w) + crosses(e) + perceptron(model.mlp, flat(d, e)),
     )
 
 
@@ -131,16 +132,6 @@ def test_deepfm_without_a_first_order_term_is_pairs_plus_a_perceptron(num_dense,
     model = make("deepfm", num_dense, num_fields, dim, hidden=[6, 3], linear="none")
     assert not [name for name, _ in model.named_parameters() if name.startswith("linear")]
     expect(model, inputs(num_dense, num_fields, dim), lambda d, e, w: pairs(e) + perceptron(model.mlp, flat(d, e)))
-
-
-@sizes
-def test_wide_and_deep_is_lr_plus_a_perceptron(num_dense, num_fields, dim):
-    model = make("wide_deep", num_dense, num_fields, dim, hidden=[6, 3])
-    expect(
-        model,
-        inputs(num_dense, num_fields, dim),
-        lambda d, e, w: first_order(model, d, w) + perceptron(model.mlp, flat(d, e)),
-    )
 
 
 def crossed(model: nn.Module, x0: Tensor) -> Tensor:

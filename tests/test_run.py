@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.command_line import call, digests
-from tests.small_data import DENSE, SPARSE, run_plain, run_toml, write_click_log
+from tests.small_data import DENSE, SPARSE, run_plain
 from trainer import checkpoint, run
 from trainer import manifest as manifests
 from trainer.config import RunConfig
@@ -18,14 +18,6 @@ from trainer.description import apply_override, build
 from trainer.errors import ConfigError, DataError
 from trainer.rows import Cursor
 from trainer.world import World, join_world
-
-
-@pytest.fixture(scope="module")
-def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("click-log")
-    write_click_log(directory)
-    run_toml(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

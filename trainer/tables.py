@@ -100,15 +100,15 @@ def lay_out(tables: Sequence[TableConfig], world_size: int, *, pack: bool) -> tu
     column trains as if it were alone, and one lookup and one update touch one cache line instead of two.
     """
     spaces: dict[tuple[object, ...], IdSpace] = {}
-    groups: dict[tuple[object, ...], list[TableConfig]] = {}
+    groups: dict[tuple[object, ...], tuple[IdSpace, list[TableConfig]]] = {}
     for table in tables:
         space_key = tuple(getattr(table, name) for name in _DECIDE_IDS)
         if space_key not in spaces:
             spaces[space_key] = IdSpace(table, world_size, stripe_for(table.rows, world_size))
         packable = pack and table.optimizer.kind in _ELEMENTWISE
         twin = (table.optimizer, table.sharding) if packable else (table.key,)
-        groups.setdefault((space_key, twin), []).append(table)
-    return tuple(_side_by_side(group, spaces[key[0]]) for key, group in groups.items())  # type: ignore[index]
+        groups.setdefault((space_key, twin), (spaces[space_key], []))[1].append(table)
+    return tuple(_side_by_side(group, space) for space, group in groups.values())
 
 
 def with_stripes(physical: Sequence[PhysicalTable], stripes: Mapping[str, int]) -> tuple[PhysicalTable, ...]:
