@@ -11,16 +11,11 @@ Not measured: ids that arrive in sorted or skewed order (skewed ones are faster:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
-import platform
-import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from benchmarks.record import RESULTS, percentiles, provenance, write
 from trainer.idmap import IdMap, deduplicate
 
 Ids = NDArray[np.int64]
-ROOT = Path(__file__).parent.parent
 BATCH = 8192  # new ids in a call
 LOOK_UPS = 1 << 17  # known ids in a call
 NUM_LOOK_UPS = 32
@@ -160,11 +155,6 @@ def milliseconds(work: Callable[[], object]) -> float:
     return (time.thread_time_ns() - started) / 1e6
 
 
-def percentiles(values: NDArray[np.floating]) -> dict[str, float]:
-    """Tenth, fiftieth and ninetieth, to four digits."""
-    return {f"p{q}": float(f"{np.percentile(values, q):.4g}") for q in (10, 50, 90)}
-
-
 def memory_of(make: Callable[[], Candidate], ids: Ids) -> int:
     """Bytes that a built map holds, as Python, numpy and khash report them."""
     tracemalloc.start()
@@ -199,7 +189,7 @@ def measure(make: Callable[[], Candidate], num_ids: int, repeats: int) -> dict[s
     copy_ms = np.array([milliseconds(whole.copy) for _ in range(9)])
     return {
         "num_ids": num_ids,
-        "known_ids_per_second": percentiles(np.array(rates)),
+        "known_ids_per_second": percentiles(rates),
         "new_ids_per_second": float(f"{num_ids / call_ms.sum() * 1e3:.4g}"),
         "call_of_new_ids_ms": percentiles(call_ms),
         "slowest_call_ms": round(float(call_ms.max()), 3),
@@ -220,30 +210,8 @@ def measure_deduplication(repeats: int) -> list[dict[str, Any]]:
     for name, work in ways:
         work()
         rates = [len(skewed) / milliseconds(work) * 1e3 for _ in range(5 * repeats)]
-        records.append({"candidate": name, "ids_per_second": percentiles(np.array(rates))})
+        records.append({"candidate": name, "ids_per_second": percentiles(rates)})
     return records
-
-
-def provenance(allow_dirty: bool) -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    dirty = bool(git("status", "--porcelain"))
-    if dirty and not allow_dirty:
-        raise SystemExit("the working tree differs from its commit; commit first or say --allow-dirty")
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ":unknown")
-    packages = {"numpy", *(package for _, _, package, _ in CANDIDATES)}
-    found = sorted(package for package in packages if importlib.util.find_spec(package))
-    return {
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": dirty,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": f"1 core of {cpu.split(':')[1].strip()}",
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in found},
-    }
 
 
 def table_of(records: list[dict[str, Any]]) -> str:
@@ -265,7 +233,7 @@ def table_of(records: list[dict[str, Any]]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * 7))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -273,10 +241,12 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="how often each map is built")
     parser.add_argument("--only", nargs="+", choices=[name for name, *_ in CANDIDATES], help="not all candidates")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "idmap.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "idmap.json")
     parser.add_argument("--allow-dirty", action="store_true", help="write although the tree differs from its commit")
-    arguments = parser.parse_args()
-    record = {**provenance(arguments.allow_dirty), "repeats": arguments.repeats, "batch": BATCH, "maps": []}
+    arguments = parser.parse_args(argv)
+    command = ["python", "-m", "benchmarks.idmap", *(sys.argv[1:] if argv is None else argv)]
+    record = provenance(command, allow_dirty=arguments.allow_dirty) | {"repeats": arguments.repeats, "batch": BATCH}
+    record["maps"] = []
     for size in arguments.sizes:
         for name, make, package, most in CANDIDATES:
             wanted = arguments.only is None or name in arguments.only
@@ -287,8 +257,7 @@ def main() -> None:
     sys.stdout.write(table_of(record["maps"]) + "\n")
     for way in record["deduplication"]:
         sys.stdout.write(f"{way['candidate']}: {way['ids_per_second']['p50'] / 1e6:.1f} M ids/s\n")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(arguments.output, record)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "numba", "pyarrow")
+_PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "numba", "pyarrow", "hirola", "pandas")
 _GIB = 1 << 30
 
 
@@ -43,7 +44,7 @@ def provenance(command: Sequence[str], *, allow_dirty: bool) -> dict[str, Any]:
     }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float] | NDArray[np.floating]) -> dict[str, float]:
     """Tenth, fiftieth and ninetieth, to four digits.
 
     >>> percentiles([1.0, 2.0, 3.0])

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import exact_ids, growth, record, tables
+from benchmarks import exact_ids, growth, peer_models, peers, record, tables, workload
+from trainer.description import load
+from trainer.tables import lay_out
 
 NUMBERS = {"p10": 90.0, "p50": 100.0, "p90": 110.0}
 
@@ -119,3 +123,130 @@ def test_exact_ids_are_measured_beside_identity_ids(tmp_path: Path) -> None:
     assert set(found["variants"]) == set(exact_ids.VARIANTS)
     assert found["variants"]["identity"]["all"]["slower_percent"] == 0
     assert all(each["epoch_2"]["rows_per_second"]["p50"] > 0 for each in found["variants"].values())
+
+
+SMALL = workload.Workload(data_rows=1000, row_group_rows=100, table_rows=4700, linear_rows=9400)
+
+
+def test_the_workload_is_a_pure_function_made_once_and_read_back_as_places_within_each_field(tmp_path: Path) -> None:
+    files = workload.write(tmp_path / "one", SMALL)
+    again = workload.write(tmp_path / "two", SMALL)
+    assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
+    made = [file.stat().st_mtime_ns for file in files]
+    assert [file.stat().st_mtime_ns for file in workload.write(tmp_path / "one", SMALL)] == made
+    assert workload.write(tmp_path / "one", workload.Workload(data_rows=1000, seed=2)) != files
+
+    table = pq.read_table(files[0].parent)
+    assert table.num_rows == SMALL.data_rows
+    places, labels = workload.read_places(files, SMALL, 700)
+    assert places.shape == (700, SMALL.fields)
+    assert set(labels) == {0.0, 1.0}
+    for field, name in enumerate(SMALL.names):
+        ids = table.column(name).to_numpy()
+        assert ids.min() >= field * SMALL.span
+        assert ids.max() < (field + 1) * SMALL.span
+        np.testing.assert_array_equal(ids[:700], places[:, field] + field * SMALL.span)
+
+
+def test_ids_of_a_field_are_as_skewed_as_zipfs_law_says_and_often_used_ones_are_no_neighbours() -> None:
+    places = workload.places(SMALL, 0, 20_000)[:, 3]
+    counts = np.bincount(places, minlength=SMALL.span)
+    edges = np.arange(1.0, SMALL.span + 2) ** (1 - SMALL.exponent)
+    expected = -np.diff(edges) / (edges[0] - edges[-1])
+    np.testing.assert_allclose(np.sort(counts)[::-1][:10] / 20_000, expected[:10], rtol=0.1)
+    assert np.abs(np.diff(np.argsort(counts)[-8:])).max() > 8
+
+
+@pytest.mark.parametrize("ids", ["exact", "hashed", "identity"])
+def test_the_run_description_is_one_that_the_trainer_takes_and_only_exact_tables_are_of_one_size(
+    ids: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    plain = workload.describe(SMALL, [tmp_path / "0.parquet"], tmp_path / "run", ids=ids, batch=256, epochs=2)
+    path.write_text(workload.to_toml(plain), encoding="utf-8")
+    config = load(path, [])
+    assert config.data.global_batch_size == 256
+    assert len(lay_out(config.tables, 1, pack=True)) == (1 if ids == "exact" else 2)
+
+
+def mlp_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the weights of all linear layers that are not the first-order term."""
+    linear = [each.weight for each in model.modules() if isinstance(each, nn.Linear)]
+    return [tuple(weight.shape) for weight in linear if tuple(weight.shape) != (1, 705)]
+
+
+@pytest.mark.parametrize("library", [key for key in peer_models.BARE if key == "plain" or peer_models.version(key)])
+def test_a_peer_has_the_workloads_tables_and_mlp_and_its_step_learns(library: str) -> None:
+    torch.manual_seed(1)
+    bare = peer_models.BARE[library](SMALL, "adagrad")
+    tables = [each.weight for each in bare.model.modules() if isinstance(each, nn.Embedding)]
+    width = SMALL.dim + 1 if library == "plain" else SMALL.dim
+    assert sum(table.shape[0] for table in tables if table.shape[1] == width) == SMALL.table_rows
+    first_order = {"deepctr": SMALL.linear_rows, "fuxictr": SMALL.linear_rows}
+    assert sum(table.shape[0] for table in tables if table.shape[1] == 1) == first_order.get(library, 0)
+    assert mlp_shapes(bare.model) == [(64, 705), (32, 64), (1, 32)]
+    ids = torch.from_numpy(workload.places(SMALL, 0, 256))
+    batch = bare.prepare(ids, (ids[:, 0] % 2).float())
+    before = bare.step(batch).item()
+    for _ in range(20):
+        after = bare.step(batch).item()
+    assert after < before - 0.1
+
+
+def test_plain_pytorch_computes_deepfm() -> None:
+    bare = peer_models.plain(SMALL)
+    ids = torch.from_numpy(workload.places(SMALL, 0, 8))
+    rows, labels = bare.prepare(ids, torch.zeros(8))
+    table = bare.model["table"].weight.detach().clone().double()
+    mlp = [parameter.detach().clone().double() for parameter in bare.model["mlp"].parameters()]
+    total = 0.0
+    for line in rows.tolist():
+        vectors, first = table[line, :15], table[line, 15].sum()
+        pairs = sum(vectors[i] @ vectors[j] for i in range(47) for j in range(i))
+        hidden = vectors.flatten()
+        for weight, bias in ((mlp[0], mlp[1]), (mlp[2], mlp[3])):
+            hidden = (weight @ hidden + bias).relu()
+        total += torch.nn.functional.softplus(first + pairs + (mlp[4] @ hidden + mlp[5])[0]).item()
+    assert bare.step((rows, labels)).item() == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_a_requirement_is_judged_by_the_fastest_of_each_side_turn_by_turn() -> None:
+    rates = {
+        "shardrec-exact-1x2": [10.0, 90.0, 90.0],
+        "shardrec-exact-2x1": [80.0, 80.0, 80.0],
+        "rechub-adam": [20.0, 20.0, 20.0],
+        "fuxictr-adagrad": [30.0, 30.0, 45.0],
+    }
+    found = {each["what"]: each for each in peers.judge(rates)}
+    assert set(found) == {"fastest bare step of a peer", "two ranks to one, exact"}
+    bare = found["fastest bare step of a peer"]
+    assert (bare["ours"], bare["theirs"], bare["ratio"]) == ("shardrec-exact-1x2", "fuxictr-adagrad", 2.0)
+    assert found["two ranks to one, exact"]["ratio"] == pytest.approx(0.889)
+
+
+def test_a_peer_that_is_not_installed_is_reported_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(peer_models.DISTRIBUTIONS, "rechub", "a-package-that-nobody-made")
+    output = tmp_path / "peers.json"
+    only = ["--only", "rechub-adam", "plain-adagrad", "shardrec-exact-1x2", "shardrec-exact-2x1"]
+    words = ["--quick", *only, "--allow-dirty", "--data", str(tmp_path), "--output", str(output)]
+    peers.main(words)
+    (found,) = json.loads(output.read_text(encoding="utf-8"))["peers"]
+    assert found["not_measured"] == {"rechub-adam": "a-package-that-nobody-made is not installed"}
+    assert set(found["rows_per_second"]) == set(only[2:])
+    assert all(0.3 < turn["loss"] < 1.0 for turns in found["turns"].values() for turn in turns)
+    assert [each["what"] for each in found["requirements"]] == ["plain PyTorch's bare step", "two ranks to one, exact"]
+
+
+def test_a_candidate_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: Path) -> None:
+    words = ["--quick", "--only", "shardrec-exact-1x2", "--batch", "100", "--allow-dirty"]
+    with pytest.raises(SystemExit, match=r"(?s)shardrec-exact-1x2 failed with exit code 1.*multiple of streams"):
+        peers.main([*words, "--data", str(tmp_path), "--output", str(tmp_path / "peers.json")])
+
+
+def test_every_candidate_gets_the_same_allocator_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert peers.environment(2, allocator=True).items() >= peers.SETTINGS.items()
+    assert not peers.environment(1, allocator=False).keys() & peers.SETTINGS.keys()
+    assert peers.environment(1, allocator=False)["OMP_NUM_THREADS"] == "1"
