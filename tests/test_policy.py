@@ -17,6 +17,7 @@ ROOMS = ("trainer", "models", "launch", "benchmarks", "tests")
 # A module imports only modules to its left.
 ORDER = (
     "errors",
+    "heap",
     "recipe",
     "config",
     "description",
@@ -27,6 +28,7 @@ ORDER = (
     "schema",
     "order",
     "kernels",
+    "lookup_kernels",
     "idmap",
     "admission",
     "data",
@@ -40,6 +42,7 @@ ORDER = (
     "task",
     "optim",
     "allocation",
+    "lookup",
     "sharding",
     "state",
     "growth",

@@ -55,6 +55,11 @@ def test_a_table_may_have_the_types_that_its_optimizer_and_the_hosts_allow(
     assert set(allowed_types(physical(**table), world_of(2, 2 // hosts))) == expected
 
 
+def test_one_rank_holds_whole_tables_unless_the_run_says_otherwise() -> None:
+    assert allowed_types(physical(), world_of(1, 1)) == ["table_wise"]
+    assert allowed_types(physical(sharding=["row_wise"]), world_of(1, 1)) == ["row_wise"]
+
+
 def test_ranks_of_a_host_share_its_memory_unless_the_run_says_what_each_has() -> None:
     one, two = (memory_bytes(ShardingConfig(), world_of(n, n)) for n in (1, 2))
     assert one == pytest.approx(2 * two, rel=1e-6)

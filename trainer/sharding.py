@@ -38,6 +38,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from trainer.allocation import Untouched
 from trainer.config import ShardingConfig
 from trainer.errors import ShardingError
+from trainer.lookup import use_host_kernels
 from trainer.optim import check_sparse, fuse_in_backward
 from trainer.tables import MOMENTS, PhysicalTable, build_collection, collections_of, state_bytes
 from trainer.task import CTRTask, Head
@@ -81,10 +82,13 @@ def _sharders() -> list[Sharder]:
 def allowed_types(table: PhysicalTable, world: World) -> list[str]:
     """Sharding types for one table: what the run description names, else all but data_parallel.
 
-    A row-wise optimizer needs whole rows. Types that split over hosts need more than one host to mean anything.
+    A row-wise optimizer needs whole rows. Types that split over ranks need more than one to mean anything, and types
+    that split over hosts more than one host.
     """
     if table.first.sharding:
         return list(table.first.sharding)
+    if world.size == 1:
+        return ["table_wise"]
     by_columns = () if table.first.optimizer.kind == "rowwise_adagrad" else _BY_COLUMNS
     single_host = world.size == world.local_size
     kinds = (*_BY_ROWS_OR_WHOLE, *by_columns)
@@ -195,6 +199,8 @@ def shard(
     plan = {f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()}
     with Untouched():
         sharded = DistributedModelParallel(task, device=world.device, plan=ShardingPlan(plan), sharders=_sharders())
+    for collection in task.tables.values():
+        use_host_kernels(collection)
     return sharded, task
 
 
@@ -205,7 +211,9 @@ def shard_collection(
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     collection, plan = _fused_collection(members, placements), _module_plan(members, placements)
     with Untouched():
-        return _sharders()[0].shard(collection, plan, env, world.device)
+        sharded = _sharders()[0].shard(collection, plan, env, world.device)
+    use_host_kernels(sharded)
+    return sharded
 
 
 def _fused_collection(members: Sequence[PhysicalTable], placements: Placements) -> EmbeddingBagCollection:
