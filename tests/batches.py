@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,22 @@ def splitmix64(x: int) -> int:
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
     return z ^ z >> 31
+
+
+def rows_of(batch: Batch, collection: str = "together") -> dict[str, list[list[list[int]]]]:
+    """By id space of a collection: for each feature and row of the batch, the table rows of its ids."""
+    jagged, found = batch.sparse[collection], {}
+    for space in jagged.keys():  # noqa: SIM118 (a method that is no dictionary's)
+        distinct, bags = jagged[space].values(), batch.bags[space]
+        assert jagged[space].lengths().tolist() == [1] * len(distinct) + [0] * (jagged.stride() - len(distinct))
+        bounds = bags.bounds.tolist()
+        lists = [distinct[bags.places[begin:end].long()].tolist() for begin, end in pairwise(bounds)]
+        num_features = len(lists) // len(batch.labels)
+        found[space] = [lists[feature::num_features] for feature in range(num_features)]
+    return found
+
+
+def flat_rows(batch: Batch) -> list[int]:
+    """The table rows of all ids of the only id space of the batch, feature by feature."""
+    (features,) = rows_of(batch).values()
+    return [row for rows in features for bag in rows for row in bag]

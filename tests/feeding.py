@@ -49,10 +49,10 @@ class Recorder:
         if raw.wrong:
             raise DataError(raw.wrong)
         needed = raw.needs if ("evict", raw.number) not in self.calls else 0
-        return [SimpleNamespace(needed=needed, ids_seen=raw.number, item=raw)]
+        return [SimpleNamespace(needed=needed, ids_seen=raw.number, num_distinct=10 * raw.number, item=raw)]
 
-    def answer(self, raw: Item, questions: list[Any], seconds: int) -> int:
-        self.calls.append(("answer", raw.number, seconds))
+    def answer(self, raw: Item, questions: list[Any], seconds: int, num_distinct: list[int]) -> int:
+        self.calls.append(("answer", raw.number, seconds, *num_distinct))
         return raw.number
 
     def evict(self, questions: list[Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tests.batches import id_space, in_use, map_once, random_ids, raw_batch
-from trainer.batch import Batch
+from trainer.batch import Bags, Batch
 
 STAYS = ("num_rows", "global_rows", "cursor", "raw", "fresh")
 COLLECTIONS = ("large", "together")
@@ -45,8 +45,9 @@ class Recorder:
 def recorded() -> tuple[Any, list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
     sparse = {name: Recorder(name, calls) for name in COLLECTIONS}
+    bags = {"s": Bags(Recorder("places", calls), Recorder("bounds", calls))}  # type: ignore[arg-type]
     tensors = {name: Recorder(name, calls) for name in ("dense", "labels")}
-    return replace(batch(), sparse=sparse, **tensors), calls  # type: ignore[arg-type]
+    return replace(batch(), sparse=sparse, bags=bags, **tensors), calls  # type: ignore[arg-type]
 
 
 def test_all_tensors_move_and_the_rest_stays_the_same_object() -> None:
@@ -58,6 +59,9 @@ def test_all_tensors_move_and_the_rest_stays_the_same_object() -> None:
         assert there.sparse[name].device().type == "meta"
         assert there.sparse[name].keys() == here.sparse[name].keys()
         assert here.sparse[name].device().type == "cpu"
+    for bags in there.bags.values():
+        assert {bags.places.device.type, bags.bounds.device.type} == {"meta"}
+    assert there.bags.keys() == here.bags.keys()
     assert all(getattr(there, name) is getattr(here, name) for name in STAYS)
     assert here.dense.device.type == "cpu"
 
@@ -71,20 +75,21 @@ def test_moving_to_where_it_is_copies_nothing() -> None:
 
 
 def parts(batch: Any) -> list[Any]:
-    return [batch.dense, *batch.sparse.values(), batch.labels]
+    bags = [part for bags in batch.bags.values() for part in (bags.places, bags.bounds)]
+    return [batch.dense, *batch.sparse.values(), *bags, batch.labels]
 
 
 def test_every_tensor_moves_without_blocking_if_asked() -> None:
     moving, calls = recorded()
     moved = moving.to("there", non_blocking=True)
-    names = ["dense", *COLLECTIONS, "labels"]
+    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
     assert calls == [(name, "to", "there", True) for name in names]
     assert [part.name for part in parts(moved)] == [f"moved {name}" for name in names]
 
 
 def test_every_tensor_is_pinned_and_its_stream_recorded() -> None:
     moving, calls = recorded()
-    names = ["dense", *COLLECTIONS, "labels"]
+    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
     pinned = moving.pin_memory()
     assert [part.name for part in parts(pinned)] == [f"pinned {name}" for name in names]
     pinned.record_stream("stream")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.batches import Spaces, id_space, in_use
+from tests.batches import Spaces, flat_rows, id_space, in_use
 from tests.feeding import ALONE, TABLE, Item, Recorder, after, all_of, endless, failing, feed, items, run_through
 from tests.small_data import SPARSE, run_plain, write_click_log
 from trainer import evaluation
@@ -91,15 +91,15 @@ def test_a_wish_to_stop_ends_the_feed_before_the_batch_that_it_was_asked_for(cal
     assert threads() == []
 
 
-def test_the_latest_time_and_the_ids_seen_are_told() -> None:
+def test_the_latest_time_the_ids_seen_and_the_most_distinct_are_told() -> None:
     mapper = Recorder()
     with feed([Item(4, now=50), Item(7, now=20)], mapper) as batches:
         all_of(batches, 2)
     assert [call for call in mapper.calls if call[0] != "ask"] == [
         ("note", 4),
-        ("answer", 4, 50),
+        ("answer", 4, 50, 40),
         ("note", 7),
-        ("answer", 7, 20),
+        ("answer", 7, 20, 70),
     ]
 
 
@@ -296,7 +296,7 @@ def rows_and_vocabulary(data: Opened, rows: int, lengths: list[int]) -> list[Any
             left = length
             while left and not batches.ended:
                 for batch in batches.batches(left):
-                    found.append(batch.sparse["together"].values().tolist())
+                    found.append(flat_rows(batch))
                     left -= 1
                 if batches.pause is not None:
                     spaces.grow(TABLE, 2 * batches.pause.stripes[TABLE])

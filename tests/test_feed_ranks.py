@@ -211,8 +211,8 @@ def test_a_wish_to_stop_on_one_rank_ends_both_after_the_same_batch(ranks: list[d
 
 
 def test_both_ranks_pause_for_what_either_needs_and_hear_of_the_latest_time(ranks: list[dict[str, Any]]) -> None:
-    calls = [("note", 0), ("answer", 0, 5), ("note", 1), ("answer", 1, 0), ("note", 2), ("answer", 2, 0)]
-    calls += [("note", 3), ("answer", 3, 1)]
+    calls = [("note", 0), ("answer", 0, 5, 0), ("note", 1), ("answer", 1, 0, 10), ("note", 2), ("answer", 2, 0, 20)]
+    calls += [("note", 3), ("answer", 3, 1, 30)]
     assert [rank["pause"] for rank in ranks] == [([0, {TABLE: 20}, 1, {TABLE: 31}, 2, 3], calls)] * 2
 
 

@@ -28,6 +28,7 @@ from trainer.recipe import SparseOptimizerConfig
 from trainer.sharding import shard_collection
 from trainer.state import build_state
 from trainer.tables import collections_of
+from trainer.threads import FEWEST_IDS
 from trainer.world import World, join_world
 
 DenseTables = DenseTableBatchedEmbeddingBagsCodegen
@@ -146,7 +147,7 @@ def test_the_kernels_here_train_what_plain_pytorch_trains(optimizer: OptimType) 
 @pytest.mark.parametrize("longest", [1, 3])
 def test_the_number_of_threads_changes_no_bit(optimizer: OptimType, longest: int, set_threads: Any) -> None:
     specs, features = ((3000, 16), (20, 4)), (0, 0, 1)
-    batch = 2 * lookup._FEWEST_IDS
+    batch = 2 * FEWEST_IDS
     outcomes = []
     for num_threads in (1, 2, 5):
         set_threads(num_threads)
@@ -159,35 +160,12 @@ def test_the_number_of_threads_changes_no_bit(optimizer: OptimType, longest: int
 
 def test_several_threads_share_the_work(set_threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: list[int] = []
-    whole = lookup._in_parallel
-    monkeypatch.setattr(lookup, "_in_parallel", lambda work, cuts: [shares.append(len(cuts) - 1), whole(work, cuts)])
+    whole = lookup.in_parallel
+    monkeypatch.setattr(lookup, "in_parallel", lambda work, cuts: [shares.append(len(cuts) - 1), whole(work, cuts)])
     set_threads(3)
-    for batch in (lookup._FEWEST_IDS, 5):
+    for batch in (FEWEST_IDS, 5):
         train(host_tables(specs=SPECS[:1], features=(0,)), 1, batch, longest=1, specs=SPECS[:1], features=(0,))
     assert shares == [3, 3, 1, 1]
-
-
-def test_a_fault_in_another_thread_is_raised_here() -> None:
-    def work(begin: int, end: int) -> None:
-        if begin == 0:
-            raise ValueError("the first share")
-
-    with pytest.raises(ValueError, match="the first share"):
-        lookup._in_parallel(work, [0, 1, 2])
-
-
-@pytest.mark.parametrize("num_threads", [2, 3, 7])
-def test_shares_have_equal_work(num_threads: int) -> None:
-    counts = np.random.default_rng(0).zipf(1.5, 20_000).clip(max=3000).astype(np.int32)
-    cuts = lookup._equal_shares(counts, num_threads)
-    assert (cuts[0], cuts[-1], len(cuts)) == (0, len(counts), num_threads + 1)
-    work = np.add.reduceat(counts + lookup._ROW_COST, cuts[:-1])
-    assert np.ptp(work) <= 2 * (counts.max() + lookup._ROW_COST)
-
-
-def test_one_very_frequent_row_leaves_shares_empty() -> None:
-    cuts = lookup._equal_shares(np.array([10_000, 1], dtype=np.int32), 4)
-    assert cuts == [0, 0, 0, 0, 2]
 
 
 def test_the_learning_rate_is_that_of_the_time_of_backward() -> None:

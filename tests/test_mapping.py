@@ -12,7 +12,18 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.batches import EPOCH_STEPS, Ids, id_space, in_use, map_once, random_ids, raw_batch, row_of
+from tests.batches import (
+    EPOCH_STEPS,
+    Ids,
+    flat_rows,
+    id_space,
+    in_use,
+    map_once,
+    random_ids,
+    raw_batch,
+    row_of,
+    rows_of,
+)
 from tests.distributed.ranks import run_ranks
 from trainer.errors import DataError
 from trainer.exchange import Exchange
@@ -42,18 +53,10 @@ def spaces_for(case: str, world_size: int) -> list[IdSpace]:
 CASES = ("one space", "interleaved", "backwards", "shared features", "one feature")
 
 
-def naive(spaces: Sequence[IdSpace], ids: Ids) -> dict[str, list[list[int]]]:
+def naive(spaces: Sequence[IdSpace], ids: Ids) -> dict[str, list[list[list[int]]]]:
     return {
-        key: [[row_of(space, i) for i in row] for row in ids[feature]]
+        space.name: [[[row_of(space, i) for i in row] for row in ids[feature]] for feature in space.features]
         for space in spaces
-        for key, feature in zip(space.keys, space.features, strict=True)
-    }
-
-
-def as_lists(jagged: KeyedJaggedTensor) -> dict[str, list[list[int]]]:
-    return {
-        key: [part.tolist() for part in torch.split(jagged[key].values(), jagged[key].lengths().tolist())]
-        for key in jagged.keys()  # noqa: SIM118 (a method that is no dictionary's)
     }
 
 
@@ -70,7 +73,7 @@ def test_batches_equal_those_made_one_id_at_a_time(case: str, world_size: int, s
         batch = map_once(in_use(*spaces), FEATURES, raw_batch(ids, num_rows))
         expected = naive(spaces, ids)
         assert list(batch.sparse["together"].keys()) == list(expected)
-        assert as_lists(batch.sparse["together"]) == expected
+        assert rows_of(batch) == expected
         assert batch.fresh == ()
 
 
@@ -86,15 +89,21 @@ def test_each_collection_gets_its_spaces_in_its_order(case: str) -> None:
     for collection, members in collections.items():
         expected = naive([of_name[name] for name in members], ids)
         assert list(batch.sparse[collection].keys()) == list(expected)
-        assert as_lists(batch.sparse[collection]) == expected
+        assert rows_of(batch, collection) == expected
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_the_mapper_computes_ahead_is_what_torchrec_computes(case: str) -> None:
-    ids = random_ids(1, FEATURES, 8, 6, below=40)
-    given = map_once(in_use(*spaces_for(case, 2)), FEATURES, raw_batch(ids, 6)).sparse["together"]
+    spaces = in_use(*spaces_for(case, 2))
+    mapper, raw = (
+        Mapper(spaces, FEATURES, str, Exchange(0, 1), learns=True),
+        raw_batch(random_ids(1, FEATURES, 8, 6, below=40), 6),
+    )
+    questions = mapper.ask(raw)
+    most = [question.num_distinct + number for number, question in enumerate(questions)]
+    given = mapper.answer(raw, questions, 0, most).sparse["together"]
     own = KeyedJaggedTensor(keys=given.keys(), values=given.values(), lengths=given.lengths())
-    assert given.stride() == own.stride() == 8
+    assert given.stride() == own.stride() == max(most)
     assert given.length_per_key() == own.length_per_key()
     assert given.offset_per_key() == own.offset_per_key()
     torch.testing.assert_close(given.offsets().long(), own.offsets().long(), rtol=0, atol=0)
@@ -165,7 +174,7 @@ def test_scoring_reads_the_cold_row_for_ids_never_trained_and_counts_them() -> N
     state.ids_seen = 6
     raw = raw_batch({"f": [[0, 5], [6, 9], [19, 20], [2**63 - 1]]})
     batch = map_once(spaces, ["f"], raw, learns=False)
-    rows = batch.sparse["together"].values().tolist()
+    rows = flat_rows(batch)
     assert rows == [row_of(state.space, 0), row_of(state.space, 5), *[COLD_ROW] * 5]
     assert state.unknown.unknown == 5
     assert state.ids_seen == 6
@@ -211,9 +220,9 @@ def test_exact_ids_get_rows_in_the_order_in_which_they_first_come() -> None:
                         slots[id_] = FIRST_SLOT + len(slots)
                         new.append(id_)
         batch = map_once(spaces, "ab", raw_batch(ids, 5))
-        assert as_lists(batch.sparse["together"]) == {
-            f"embedding.x.weight/{feature}": [[slots[i] for i in row] for row in ids[feature]] for feature in "ab"
-        }
+        assert rows_of(batch)["embedding.x.weight"] == [
+            [[slots[i] for i in row] for row in ids[feature]] for feature in "ab"
+        ]
         (fresh,) = batch.fresh
         assert (fresh.space, fresh.ids.tolist()) == ("embedding.x.weight", new)
         assert fresh.rows.tolist() == [slots[i] for i in new]
@@ -222,10 +231,10 @@ def test_exact_ids_get_rows_in_the_order_in_which_they_first_come() -> None:
 def test_sightings_in_all_features_and_rows_of_a_batch_count() -> None:
     spaces = in_use(exact(admit_after=4))
     first = map_once(spaces, "ab", raw_batch({"a": [[7, 7], [8]], "b": [[7], [8]]}))
-    assert first.sparse["together"].values().tolist() == [COLD_ROW] * 5
+    assert flat_rows(first) == [COLD_ROW] * 5
     assert first.fresh[0].ids.tolist() == []
     second = map_once(spaces, "ab", raw_batch({"a": [[7], [8]], "b": [[], [9]]}))
-    assert second.sparse["together"].values().tolist() == [FIRST_SLOT, COLD_ROW, COLD_ROW]
+    assert flat_rows(second) == [FIRST_SLOT, COLD_ROW, COLD_ROW]
     assert second.fresh[0].ids.tolist() == [7]
 
 
@@ -236,7 +245,7 @@ def test_scoring_changes_nothing_and_counts_what_it_does_not_know() -> None:
     map_once(spaces, "ab", raw_batch({"a": [[1, 1], [2, 2]], "b": [[3], []]}))
     before = state.vocabulary.state()
     batch = map_once(spaces, "ab", raw_batch({"a": [[2, 3], [99]], "b": [[1, 99], [99]]}), learns=False)
-    assert batch.sparse["together"].values().tolist() == [2, COLD_ROW, COLD_ROW, 1, COLD_ROW, COLD_ROW]
+    assert flat_rows(batch) == [2, COLD_ROW, COLD_ROW, 1, COLD_ROW, COLD_ROW]
     assert batch.fresh == ()
     assert state.unknown.unknown == 4
     after = state.vocabulary.state()
@@ -251,7 +260,7 @@ def test_a_question_changes_nothing_so_it_can_be_asked_again_after_a_growth() ->
     assert first.needed == second.needed == FIRST_SLOT + 5
     spaces.grow("embedding.x.weight", 100)
     batch = mapper.answer(raw, mapper.ask(raw), 0)
-    assert batch.sparse["together"].values().tolist() == [1, 2, 3, 4, 5, 1]
+    assert flat_rows(batch) == [1, 2, 3, 4, 5, 1]
 
 
 def test_evicting_makes_room_for_what_was_asked() -> None:
@@ -267,7 +276,7 @@ def test_evicting_makes_room_for_what_was_asked() -> None:
     questions = mapper.ask(raw)
     assert questions[0].needed == FIRST_SLOT + 4
     batch = mapper.answer(raw, questions, 0)
-    assert batch.sparse["together"].values().tolist() == [2, 1]  # 3 and 1, the oldest but for 2, went
+    assert flat_rows(batch) == [2, 1]  # 3 and 1, the oldest but for 2, went
     assert batch.fresh[0].ids.tolist() == [5]
 
 
@@ -310,7 +319,7 @@ def map_on_each_rank() -> dict[str, Any]:
             for ids in global_batches():
                 raw = raw_batch(ids[world.rank], 5 - world.rank)
                 batch = mapper.answer(raw, mapper.ask(raw), 0)
-                rows = as_lists(batch.sparse["together"])
+                rows = rows_of(batch)["embedding.x.weight"]
                 (fresh,) = batch.fresh
                 found["everywhere" if everywhere else "steps"].append(
                     (rows, dict(zip(fresh.ids.tolist(), fresh.rows.tolist(), strict=True)))
@@ -319,7 +328,7 @@ def map_on_each_rank() -> dict[str, Any]:
             scorer = Mapper(spaces, "ab", str, exchange, learns=False)
             raw = raw_batch({"a": [[10**6], [3]], "b": [[10**6 + world.rank], []]})
             batch = scorer.answer(raw, scorer.ask(raw), 0)
-            found["scored"] = as_lists(batch.sparse["together"])
+            found["scored"] = rows_of(batch)["embedding.x.weight"]
             found["unknown"] = spaces.spaces["embedding.x.weight"].unknown.unknown
             found["known"] = vocabulary is not None and vocabulary.state()
             exchange.close()
@@ -347,9 +356,7 @@ def test_two_ranks_map_as_one_dictionary_per_owner_would(ranks: list[dict[str, A
                 fresh[owner][id_] = owner * stripe + slots[owner][id_]
         rows = {id_: owner * stripe + slot for owner in range(2) for id_, slot in slots[owner].items()}
         for rank in range(2):
-            expected = {
-                f"embedding.x.weight/{f}": [[rows.get(i, COLD_ROW) for i in row] for row in ids[rank][f]] for f in "ab"
-            }
+            expected = [[[rows.get(i, COLD_ROW) for i in row] for row in ids[rank][f]] for f in "ab"]
             assert ranks[rank]["steps"][step] == (expected, fresh[rank])
             assert ranks[rank]["everywhere"][step] == (expected, fresh[0] | fresh[1])
     assert len(slots[0]) > 5
@@ -358,5 +365,5 @@ def test_two_ranks_map_as_one_dictionary_per_owner_would(ranks: list[dict[str, A
 
 def test_two_ranks_count_unknown_ids_of_scoring_once_at_their_owner(ranks: list[dict[str, Any]]) -> None:
     assert sum(rank["unknown"] for rank in ranks) == 4
-    assert [rank["scored"]["embedding.x.weight/b"] for rank in ranks] == [[[COLD_ROW], []]] * 2
+    assert [rank["scored"][1] for rank in ranks] == [[[COLD_ROW], []]] * 2
     assert ranks[0]["scored"] == ranks[1]["scored"]

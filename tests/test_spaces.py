@@ -130,8 +130,3 @@ def test_what_may_grow_and_how_far_follows_from_kind_and_max_rows(ids: str, max_
     assert not space.with_stripe(most).can_grow
     assert space.next_stripe(10**9) == most if most < MAX_STRIPE else space.next_stripe(10**9) == 10**9
     assert space.next_stripe(space.stripe + 1) == min(most, 2 * space.stripe)
-
-
-def test_keys_are_space_and_feature() -> None:
-    space = id_space(features=("b", "a"), name="x", role="linear", dim=1)
-    assert space.keys == ("linear.x.weight/b", "linear.x.weight/a")

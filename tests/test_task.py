@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tests.batches import Ids, map_once, random_ids, raw_batch, row_of, spaces_in
 from trainer.batch import Batch
 from trainer.config import TableConfig
 from trainer.rows import Cursor
 from trainer.tables import PhysicalTable, build_collection, collections_of, lay_out
-from trainer.task import Block, CTRTask, Head, TakeBlocks, first_column, side_by_side
+from trainer.task import CTRTask, Head, TakeColumns
 
 FEATURES = ("a", "b", "c")
 
@@ -110,54 +108,23 @@ def pass_through(task: CTRTask, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, prediction.logits
 
 
-# ---------------------------------------------------------------- by name
+# ---------------------------------------------------------------- columns
 
 
-def columns_of(pooled: KeyedTensor, keys: Sequence[str]) -> Tensor:
-    """The columns of ``keys``, taken where they lie if they lie side by side."""
-    first = first_column(pooled, keys)
-    found = side_by_side(pooled, keys)
-    if first is not None:
-        torch.testing.assert_close(pooled.values()[:, first : first + found.shape[1]], found, rtol=0, atol=0)
-    return found
-
-
-def test_features_are_found_by_name_in_any_order_that_the_lookup_returns() -> None:
-    values = {key: torch.randn(4, 3) for key in "pqrs"}
-    for returned in itertools.permutations("pqrs"):
-        pooled = KeyedTensor(
-            keys=list(returned), length_per_key=[3] * 4, values=torch.cat([values[key] for key in returned], dim=1)
-        )
-        for wanted in [*itertools.permutations("pqrs", 3), ("s",), ("q", "q")]:
-            expected = torch.cat([values[key] for key in wanted], dim=1)
-            torch.testing.assert_close(columns_of(pooled, wanted), expected, rtol=0, atol=0)
-            assert (first_column(pooled, wanted) is None) == ("".join(wanted) not in "".join(returned))
-
-
-def test_features_between_others_of_another_width_are_found() -> None:
-    values = {"w": torch.randn(2, 8), "p": torch.randn(2, 4), "x": torch.randn(2, 4), "q": torch.randn(2, 4)}
-    pooled = KeyedTensor(keys=list(values), length_per_key=[8, 4, 4, 4], values=torch.cat([*values.values()], dim=1))
-    for wanted in [("p", "x", "q"), ("q", "p"), ("p", "q"), ("w",)]:
-        expected = torch.cat([values[key] for key in wanted], dim=1)
-        torch.testing.assert_close(columns_of(pooled, wanted), expected, rtol=0, atol=0)
-
-
-def test_blocks_and_their_gradients_are_those_of_slices() -> None:
-    blocks = [Block(4, 3, 4, 0, 3), Block(4, 3, 4, 3, 4), Block(16, 2, 4, 0, 2)]
-    gaps = [Block(0, 1, 4, 0, 4), Block(16, 2, 4, 2, 4)]
-    values = torch.randn(6, 24, requires_grad=True)
-    weights = [torch.randn(5, 3, 3), torch.randn(5, 3, 1), torch.randn(5, 2, 2)]
+def test_columns_and_their_gradients_are_those_of_slices() -> None:
+    spans = [(0, 3), (3, 4), (4, 6)]
+    rows = torch.randn(6, 2, 8, requires_grad=True)
+    weights = [torch.randn(5, 2, end - begin) for begin, end in spans]
+    sliced = [rows[:5, :, begin:end] for begin, end in spans]
     for used in itertools.product((False, True), repeat=3):
-        if not any(used):
-            continue
-        taken = TakeBlocks.apply(values, 5, blocks, gaps)
-        loss = sum((part * weight).sum() for part, weight, use in zip(taken, weights, used, strict=True) if use)
-        (gradient,) = torch.autograd.grad(loss, values)
-        sliced = [block.of(values[:5]) for block in blocks]
+        taken = TakeColumns.apply(rows, 5, spans)
+        gradients = []
+        for parts in (taken, sliced):
+            terms = [(part * weight).sum() for part, weight, use in zip(parts, weights, used, strict=True) if use]
+            gradients.append(torch.autograd.grad(sum(terms, 0 * rows.sum()), rows, retain_graph=True)[0])
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
         for part, expected in zip(taken, sliced, strict=True):
             torch.testing.assert_close(part, expected, rtol=0, atol=0)
-        loss = sum((part * weight).sum() for part, weight, use in zip(sliced, weights, used, strict=True) if use)
-        torch.testing.assert_close(gradient, torch.autograd.grad(loss, values)[0], rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------- what the model gets

@@ -25,6 +25,30 @@ class Fresh:
 
 
 @dataclass(frozen=True, slots=True)
+class Bags:
+    """Which of the batch's distinct rows of one id space each feature of each row sums: F bags a row, B rows."""
+
+    places: Tensor
+    """int32 [n]: places among the distinct rows, by row of the batch, then by feature."""
+
+    bounds: Tensor
+    """int32 [B * F + 1]: where each bag begins in ``places``."""
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Bags:
+        """The same on ``device``."""
+        return Bags(*(part.to(device, non_blocking=non_blocking) for part in (self.places, self.bounds)))
+
+    def pin_memory(self) -> Bags:
+        """The same in page-locked host memory."""
+        return Bags(self.places.pin_memory(), self.bounds.pin_memory())
+
+    def record_stream(self, stream: Any) -> None:
+        """Tell CUDA's allocator that ``stream`` still uses them."""
+        self.places.record_stream(stream)
+        self.bounds.record_stream(stream)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch(Pipelineable):
     """One rank's part of a global batch: real rows first, then padding without ids."""
 
@@ -32,8 +56,12 @@ class Batch(Pipelineable):
     """float32 [b, N]."""
 
     sparse: dict[str, KeyedJaggedTensor]
-    """Row indices for each collection of tables; keys are ``space/feature``. Never edited after they are made: the
-    pipeline overlaps their exchange only while they are plain items of the batch."""
+    """For each collection of tables the distinct rows that the batch reads, one key for each id space: only these are
+    exchanged. Never edited after they are made: the pipeline overlaps their exchange only while they are plain items
+    of the batch."""
+
+    bags: dict[str, Bags]
+    """By id space: what to sum of its distinct rows."""
 
     fresh: tuple[Fresh, ...]
     """New ids of exact spaces; stays on the host."""
@@ -59,6 +87,7 @@ class Batch(Pipelineable):
             self,
             dense=self.dense.to(device, non_blocking=non_blocking),
             sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.sparse.items()},
+            bags={name: bags.to(device, non_blocking=non_blocking) for name, bags in self.bags.items()},
             labels=self.labels.to(device, non_blocking=non_blocking),
         )
 
@@ -68,12 +97,13 @@ class Batch(Pipelineable):
             self,
             dense=self.dense.pin_memory(),
             sparse={name: ids.pin_memory() for name, ids in self.sparse.items()},
+            bags={name: bags.pin_memory() for name, bags in self.bags.items()},
             labels=self.labels.pin_memory(),
         )
 
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that ``stream`` still uses the tensors."""
         self.dense.record_stream(stream)
-        for ids in self.sparse.values():
-            ids.record_stream(stream)
+        for part in (*self.sparse.values(), *self.bags.values()):
+            part.record_stream(stream)
         self.labels.record_stream(stream)

@@ -12,7 +12,7 @@ import queue
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from types import TracebackType
 
 from trainer.batch import Batch
@@ -67,6 +67,7 @@ class Feed:
         """Why the last iterator ended early, if it did."""
         self._mapper, self._exchange, self._wants_stop = mapper, exchange, wants_stop
         self._seconds = 0
+        self._num_distinct: list[int] = []
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._raw = Prefetcher(raw, depth, "read")
@@ -117,7 +118,7 @@ class Feed:
                         yield pause
                         self._make_room(questions)
                         questions = self._ask(raw)
-                    yield self._mapper.answer(raw, questions, self._seconds)
+                    yield self._mapper.answer(raw, questions, self._seconds, self._num_distinct)
             except GeneratorExit:  # left with batches that were allowed and not taken
                 self._meet(leaves=True)
 
@@ -154,17 +155,18 @@ class Feed:
     def _too_small(self, raw: RawBatch, questions: list[Question]) -> Pause | None:
         """The stripes that all ranks together need, where they are more than there are."""
         states = self._mapper.states
-        numbers = [question.needed for question in questions] + [question.ids_seen for question in questions]
-        *highest, self._seconds = self._exchange.highest([*numbers, raw.now])
+        asked = [(question.needed, question.ids_seen, question.num_distinct) for question in questions]
+        *highest, self._seconds = self._exchange.highest([*chain.from_iterable(asked), raw.now])
+        stripes, ids_seen, self._num_distinct = highest[0::3], highest[1::3], highest[2::3]
         needed = {
             state.name: need
-            for state, need in zip(states, highest, strict=False)
+            for state, need in zip(states, stripes, strict=True)
             if self._mapper.learns and need > state.space.stripe
         }
         if needed:
             return Pause(needed)
         if self._mapper.learns:
-            self._mapper.note_ids_seen(highest[len(states) :])
+            self._mapper.note_ids_seen(ids_seen)
         return None
 
     def _make_room(self, questions: list[Question]) -> None:

@@ -10,9 +10,8 @@ averaged bags, L2, other number types, other devices) is left to FBGEMM.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +30,13 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from trainer import lookup_kernels as kernels
 from trainer.idmap import Deduplicator
 from trainer.lookup_kernels import Floats
+from trainer.threads import equal_shares, in_parallel, threads_for
 
 _FORMULAS = {
     OptimType.EXACT_SGD: kernels.SGD,
     OptimType.EXACT_ADAGRAD: kernels.ADAGRAD,
     OptimType.EXACT_ROWWISE_ADAGRAD: kernels.ROWWISE_ADAGRAD,
 }
-_FEWEST_IDS = 4096  # that are worth waking other threads for
 _ROW_COST = 4  # updating a distinct row takes as long as adding up this many gradients
 
 
@@ -127,8 +126,8 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
         for part, (ordered, bounds) in zip(self._parts, bags, strict=True):
             table = weights[part.weight : part.weight + part.rows * part.width]
             read = functools.partial(kernels.look_up, table, part.width, ordered, bounds, sums, part.column)
-            num_threads = _threads_for(len(ordered))
-            _in_parallel(read, [batch * thread // num_threads for thread in range(num_threads + 1)])
+            num_threads = threads_for(len(ordered))
+            in_parallel(read, [batch * thread // num_threads for thread in range(num_threads + 1)])
         return pooled, bags
 
     def update(self, bags: Sequence[_Bags], gradient: Tensor) -> None:
@@ -155,7 +154,7 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
             part.column,
             self._room_for(len(rows) * part.width),
         )
-        _in_parallel(update, _equal_shares(counts, _threads_for(len(bags.ids))))
+        in_parallel(update, equal_shares(counts, threads_for(len(bags.ids)), row_cost=_ROW_COST))
 
     def _room_for(self, num_floats: int) -> Floats:
         """Memory for sums, kept from batch to batch."""
@@ -206,34 +205,3 @@ class _Lookup(torch.autograd.Function):
         """Updates the tables."""
         ctx.tables.update(ctx.bags, gradient)
         return None, None, None, None
-
-
-def _threads_for(num_ids: int) -> int:
-    return torch.get_num_threads() if num_ids >= _FEWEST_IDS else 1
-
-
-def _equal_shares(counts: kernels.Slots, num_threads: int) -> list[int]:
-    """Where to cut the distinct rows, which come ``counts`` times, so that every thread has the same work.
-
-    >>> _equal_shares(np.array([12, 1, 1, 1], dtype=np.int32), 2)
-    [0, 1, 4]
-    """
-    if num_threads == 1:
-        return [0, len(counts)]
-    work = np.cumsum(counts + _ROW_COST, dtype=np.int64)
-    cuts = np.searchsorted(work, [work[-1] * thread / num_threads for thread in range(1, num_threads)])
-    return [0, *cuts.tolist(), len(counts)]
-
-
-def _in_parallel(work: Callable[[int, int], None], cuts: Sequence[int]) -> None:
-    """Calls ``work(begin, end)`` for what lies between the cuts, each in a thread of its own; the last one in this."""
-    *others, (begin, end) = pairwise(cuts)
-    waiting = [_workers(len(others)).submit(work, *share) for share in others]
-    work(begin, end)
-    for future in waiting:
-        future.result()
-
-
-@functools.cache
-def _workers(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="lookup")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from trainer.kernels import Integer, Integers, Slots, compiled
 
 Floats = NDArray[np.float32]
+Numbers = NDArray[np.int64] | NDArray[np.int32]
 Real: TypeAlias = Any  # a float32, in Python too: a double would make the arithmetic double
 
 _LANES = 4  # floats in one vector
@@ -141,7 +142,7 @@ _prefetch: Any = intrinsic(_ask)
 
 @compiled
 def order_by_row(
-    indices: Integers, offsets: Integers, num_features: Integer, num_rows: Integer, ids: Integers, bounds: Slots
+    indices: Numbers, offsets: Integers, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
 ) -> Integer:
     """Copies ids that stand feature by feature so that they stand by row of the batch, then by feature.
 
@@ -175,7 +176,7 @@ def _longest(offsets: Integers) -> Integer:
 
 @compiled
 def _order_singles(
-    indices: Integers, first: Integer, num_features: Integer, num_rows: Integer, ids: Integers, bounds: Slots
+    indices: Numbers, first: Integer, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
 ) -> Integer:
     """``order_by_row`` where every bag has one id: a transposition, one cache line of ids after the other."""
     batch = ids.size // num_features
@@ -203,7 +204,7 @@ def _prefetch_row(table: Floats, begin: Integer, width: Integer) -> None:
 def look_up(
     table: Floats,
     width: Integer,
-    ids: Integers,
+    ids: Numbers,
     bounds: Slots,
     pooled: Floats,
     first_column: Integer,
@@ -236,7 +237,7 @@ def look_up(
 
 
 @compiled
-def _add_up(
+def add_up(
     gradient: Floats,
     width: Integer,
     bounds: Slots,
@@ -290,7 +291,7 @@ def update(
     ``gradient``: float32 [B, columns], of what ``look_up`` wrote. ``inverse``: int32, where each id of the batch stands
     in ``rows``. ``moments``: float32 [rows * width], [rows], or any for SGD. ``sums``: float32 [m * width], written.
     """
-    _add_up(gradient, width, bounds, inverse, first_column, sums, first, end)
+    add_up(gradient, width, bounds, inverse, first_column, sums, first, end)
     if formula == ADAGRAD:
         _update_adagrad(table, moments, width, rate, eps, rows, sums, first, end)
     elif formula == ROWWISE_ADAGRAD:

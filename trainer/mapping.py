@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.batch import Batch, Fresh
+from trainer.batch import Bags, Batch, Fresh
+from trainer.columns import offsets_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
-from trainer.idmap import Deduplicator
+from trainer.idmap import Deduplicator, Distinct
+from trainer.lookup_kernels import order_by_row
 from trainer.rows import Cursor, RawBatch
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace
 from trainer.vocabulary import COLD, Events, Request, Vocabulary
@@ -61,11 +63,8 @@ class SpaceState:
 class Question:
     """One space's part of a batch, before rows are given."""
 
-    ids: Int64s
-    """As they stand in the batch."""
-
-    inverse: NDArray[np.int32] | None
-    """Place of each among the distinct ones, for ``exact`` spaces."""
+    distinct: Distinct
+    """Distinct ids, in order of first appearance, and where each id of the batch stands among them."""
 
     received: Received | None
     merged: NDArray[np.int32] | None
@@ -77,6 +76,11 @@ class Question:
 
     ids_seen: int = 0
     """For ``identity`` spaces in training: one past the highest id of the batch on this rank."""
+
+    @property
+    def num_distinct(self) -> int:
+        """Distinct ids of the batch on this rank."""
+        return len(self.distinct.ids)
 
 
 class Tables(Protocol):
@@ -126,17 +130,17 @@ class Mapper:
 
     def _ask(self, state: SpaceState, numbers: list[int], raw: RawBatch) -> Question:
         ids = _ids_of(raw, numbers)
+        distinct = self._distinct(ids)
         vocabulary = state.vocabulary
         if vocabulary is None:
-            needed = self._stripe_for(state, ids, numbers, raw)
+            needed = self._stripe_for(state, distinct.ids, ids, numbers, raw)
             counts = self.learns and state.space.kind == "identity"
-            return Question(ids, None, None, None, None, needed, int(ids.max(initial=-1)) + 1 if counts else 0)
-        distinct = self._distinct(ids)
+            return Question(distinct, None, None, None, needed, int(distinct.ids.max(initial=-1)) + 1 if counts else 0)
         received = self._exchange.to_owners(distinct.ids, distinct.counts.astype(np.int64))
         asked, sightings, merged = self._merge(received)
         request = vocabulary.prepare(asked, sightings)
         needed = vocabulary.slots_needed(request) if self.learns else 0
-        return Question(ids, distinct.inverse, received, merged, request, needed)
+        return Question(distinct, received, merged, request, needed)
 
     def _merge(self, received: Received) -> tuple[Int64s, Int64s, NDArray[np.int32] | None]:
         """Distinct ids that were received, their sightings on all ranks, and the place of each received one."""
@@ -147,20 +151,20 @@ class Mapper:
         sightings = np.bincount(merged.inverse, weights=counts, minlength=len(merged.ids))
         return merged.ids, sightings.astype(np.int64), merged.inverse
 
-    def _stripe_for(self, state: SpaceState, ids: Int64s, numbers: list[int], raw: RawBatch) -> int:
+    def _stripe_for(self, state: SpaceState, distinct: Int64s, ids: Int64s, numbers: list[int], raw: RawBatch) -> int:
         """The stripe that an ``identity`` or ``hashed`` space needs for these ids."""
-        if state.space.kind == "hashed" or not len(ids):
+        if state.space.kind == "hashed" or not len(distinct):
             return state.space.stripe
         # One comparison finds both ends: a negative id is huge as an unsigned one.
-        outside = ids.view(np.uint64) >= np.uint64(_most_ids(state.space))
-        if outside.any() and (self.learns or ids.min() < 0):
-            at = int((outside if self.learns else ids < 0).argmax())
+        outside = distinct.view(np.uint64) >= np.uint64(_most_ids(state.space))
+        if outside.any() and (self.learns or distinct.min() < 0):
+            wrong = distinct[(outside if self.learns else distinct < 0).argmax()]
+            place = self._explain(numbers, raw, int((ids == wrong).argmax()))
             raise DataError(
-                f"{self._explain(numbers, raw, at)}: id {ids[at]} is not a row of table {state.name!r}, which has "
-                f"ids = 'identity' and rows 0 to {_most_ids(state.space) - 1}; raise the table's max_rows or use "
-                "ids = 'exact'"
+                f"{place}: id {wrong} is not a row of table {state.name!r}, which has ids = 'identity' and rows 0 to "
+                f"{_most_ids(state.space) - 1}; raise the table's max_rows or use ids = 'exact'"
             )
-        highest = int(ids.max())
+        highest = int(distinct.max())
         return max(state.space.stripe, highest // state.space.world_size + 1 + FIRST_SLOT) if self.learns else 0
 
     def _explain(self, numbers: list[int], raw: RawBatch, index: int) -> str:
@@ -188,27 +192,34 @@ class Mapper:
             if state.vocabulary is not None and question.request is not None and question.needed > state.space.stripe:
                 state.vocabulary.evict(question.request, state.space.stripe)
 
-    def answer(self, raw: RawBatch, questions: Sequence[Question], seconds: int) -> Batch:
+    def answer(
+        self, raw: RawBatch, questions: Sequence[Question], seconds: int, num_distinct: Sequence[int] | None = None
+    ) -> Batch:
         """The batch of row indices. Collective where a space is ``exact``.
 
-        ``seconds``: the latest ``data.timestamp`` of the batch's rows on any rank.
+        ``seconds``: the latest ``data.timestamp`` of the batch's rows on any rank. ``num_distinct``: for each space,
+        the most distinct ids that any rank has of it; without it, this rank's.
         """
-        rows, fresh = {}, []
+        rows, bags, fresh = {}, {}, []
         now = {"steps": self._tables.step_after(raw.cursor), "seconds": seconds}
-        for state, question in zip(self.states, questions, strict=True):
+        for state, numbers, question in zip(self.states, self._numbers, questions, strict=True):
             if question.request is None:
-                rows[state.name] = self._formula_rows(state, question.ids)
+                rows[state.name] = self._formula_rows(state, question.distinct)
             else:
                 rows[state.name], new = self._given_rows(
                     state, question, question.request, now[state.space.rules.expire_unit]
                 )
                 fresh += [new] if new is not None else []
+            bags[state.name] = _bags(raw.lengths[numbers], question.distinct)
+        most = [len(each) for each in rows.values()] if num_distinct is None else num_distinct
+        room = dict(zip(rows, most, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),
             sparse={
-                collection: self._jagged(names, rows, raw.lengths)
+                collection: _jagged({name: rows[name] for name in names}, max(1, *(room[name] for name in names)))
                 for collection, names in self._tables.spaces_by_collection().items()
             },
+            bags=bags,
             fresh=tuple(fresh),
             labels=torch.from_numpy(raw.labels),
             num_rows=raw.num_rows,
@@ -217,22 +228,22 @@ class Mapper:
             raw=raw,
         )
 
-    def _formula_rows(self, state: SpaceState, ids: Int64s) -> Int64s:
-        space = state.space
+    def _formula_rows(self, state: SpaceState, distinct: Distinct) -> Int64s:
+        space, ids = state.space, distinct.ids
         if space.kind == "hashed":
             return space.rows_of(space.hashed(ids))
         if self.learns:
             return space.rows_of(ids)
         known = ids < state.ids_seen
-        state.unknown.unknown += int(len(ids) - np.count_nonzero(known))
+        state.unknown.unknown += int(distinct.counts[~known].sum())
         return np.where(known, space.rows_of(ids), COLD_ROW)
 
     def _given_rows(
         self, state: SpaceState, question: Question, request: Request, now: int
     ) -> tuple[Int64s, Fresh | None]:
-        """Rows of the batch's ids, and the rows that need first values on this rank."""
+        """Rows of the batch's distinct ids, and the rows that need first values on this rank."""
         vocabulary, received, fresh = state.vocabulary, question.received, None
-        if vocabulary is None or received is None or question.inverse is None:
+        if vocabulary is None or received is None:
             raise TypeError("an exact space was asked without its vocabulary")
         slots = request.slots
         if self.learns:
@@ -243,8 +254,7 @@ class Mapper:
             state.unknown.unknown += int(request.counts[slots == COLD].sum())
         answers = self._exchange.to_askers(received, slots if question.merged is None else slots[question.merged])
         owners = _owners_of_answers(received)
-        rows = np.where(answers == COLD, COLD_ROW, owners * state.space.stripe + answers)
-        return rows[question.inverse], fresh
+        return np.where(answers == COLD, COLD_ROW, owners * state.space.stripe + answers), fresh
 
     def _fresh(self, state: SpaceState, slots: Int64s, ids: Int64s) -> Fresh:
         rank = self._exchange.rank
@@ -253,28 +263,36 @@ class Mapper:
             columns = self._exchange.to_all(columns)
         return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
 
-    def _jagged(self, names: Sequence[str], rows: dict[str, Int64s], lengths: NDArray[np.int32]) -> KeyedJaggedTensor:
-        """Everything that TorchRec would otherwise compute again each step is given to it."""
-        numbered = dict(
-            zip((state.name for state in self.states), zip(self.states, self._numbers, strict=True), strict=True)
-        )
-        chosen = [numbered[name] for name in names]
-        parts = [rows[state.name] for state, _ in chosen]
-        order = [number for _, numbers in chosen for number in numbers]
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        flat = lengths[order].reshape(-1)
-        offsets = np.zeros(len(flat) + 1, dtype=np.int32)
-        np.cumsum(flat, out=offsets[1:])
-        ends = offsets[:: lengths.shape[1]].tolist()
-        return KeyedJaggedTensor(
-            keys=[key for state, _ in chosen for key in state.space.keys],
-            values=torch.from_numpy(values),
-            lengths=torch.from_numpy(flat),
-            offsets=torch.from_numpy(offsets),
-            stride=lengths.shape[1],
-            length_per_key=[after - before for before, after in pairwise(ends)],
-            offset_per_key=ends,
-        )
+
+def _bags(lengths: NDArray[np.int32], distinct: Distinct) -> Bags:
+    """``lengths``: ids of each feature and row, [F, B]; ``distinct`` has found them feature by feature."""
+    places = np.empty(len(distinct.inverse), dtype=np.int32)
+    bounds = np.empty(lengths.size + 1, dtype=np.int32)
+    order_by_row(distinct.inverse, offsets_of(lengths.reshape(-1)), len(lengths), len(distinct.ids), places, bounds)
+    return Bags(torch.from_numpy(places), torch.from_numpy(bounds))
+
+
+def _jagged(rows: Mapping[str, Int64s], stride: int) -> KeyedJaggedTensor:
+    """Distinct rows by id space, each a bag of its own, followed by empty bags up to ``stride``.
+
+    All ranks have the same stride, as TorchRec wants. What it would compute again each step is given to it.
+    """
+    sizes = [len(each) for each in rows.values()]
+    lengths = np.zeros((len(rows), stride), dtype=np.int32)
+    for number, size in enumerate(sizes):
+        lengths[number, :size] = 1
+    offsets = np.zeros(lengths.size + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    values = list(rows.values())
+    return KeyedJaggedTensor(
+        keys=list(rows),
+        values=torch.from_numpy(values[0] if len(values) == 1 else np.concatenate(values)),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        offsets=torch.from_numpy(offsets),
+        stride=stride,
+        length_per_key=sizes,
+        offset_per_key=[0, *accumulate(sizes)],
+    )
 
 
 def _ids_of(raw: RawBatch, numbers: list[int]) -> Int64s:

@@ -71,11 +71,6 @@ class IdSpace:
         """Whether its tables may become larger than they are."""
         return self.stripe < self.max_stripe
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Keys of the features' mapped ids in the batch."""
-        return tuple(f"{self.name}/{feature}" for feature in self.features)
-
     def with_stripe(self, stripe: int) -> IdSpace:
         """The same space with another capacity."""
         return replace(self, stripe=stripe)

@@ -151,14 +151,14 @@ def spaces_of(physical: Sequence[PhysicalTable]) -> tuple[IdSpace, ...]:
     return tuple(dict.fromkeys(table.space for table in physical))
 
 
-def output_keys(physical: Sequence[PhysicalTable]) -> dict[str, list[str]]:
-    """For each physical table, the keys under which the collection returns its features, in the features' order.
+def output_keys(physical: Sequence[PhysicalTable]) -> dict[str, str]:
+    """For each physical table, the key under which the collection returns its rows.
 
     TorchRec names an output by its input key, and by ``key@table`` where several tables read the same key.
     """
-    readers = Counter(key for table in physical for key in table.space.keys)
+    readers = Counter(table.space.name for table in physical)
     return {
-        table.name: [key if readers[key] == 1 else f"{key}@{table.name}" for key in table.space.keys]
+        table.name: table.space.name if readers[table.space.name] == 1 else f"{table.space.name}@{table.name}"
         for table in physical
     }
 
@@ -172,8 +172,8 @@ def build_collection(physical: Sequence[PhysicalTable]) -> EmbeddingBagCollectio
                 name=table.name,
                 num_embeddings=table.space.physical_rows,
                 embedding_dim=table.width,
-                feature_names=list(table.space.keys),
-                pooling=PoolingType.SUM,  # means are taken in task.py, alike for every sharding type
+                feature_names=[table.space.name],
+                pooling=PoolingType.SUM,  # of one row: what a bag sums is looked up once, and summed in task.py
                 init_fn=_leave_as_allocated,
             )
             for table in physical
