@@ -22,7 +22,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 
 from trainer import lookup
-from trainer.config import DataConfig, RunConfig, TableConfig
+from trainer.config import DataConfig, RunConfig, ShardingConfig, TableConfig
 from trainer.lookup import HostTables, take_over
 from trainer.recipe import SparseOptimizerConfig
 from trainer.sharding import shard_collection
@@ -261,7 +261,10 @@ def kernels_in(collection: Any) -> list[str]:
     return [type(module).__name__ for module in modules if isinstance(module, (Tables, DenseTables))]
 
 
-def test_sharded_tables_are_taken_over_and_data_parallel_ones_are_not(world: World) -> None:
+@pytest.mark.parametrize(("wanted", "kind"), [(True, "HostTables"), (False, "SplitTableBatchedEmbeddingBagsCodegen")])
+def test_sharded_tables_are_taken_over_if_wanted_and_data_parallel_ones_are_not(
+    world: World, wanted: bool, kind: str
+) -> None:
     recipe = SparseOptimizerConfig(kind="adagrad")
     config = RunConfig(
         data=DataConfig(train=("unused",), global_batch_size=8),
@@ -270,9 +273,11 @@ def test_sharded_tables_are_taken_over_and_data_parallel_ones_are_not(world: Wor
             TableConfig(name="u", features=("b",), dim=4, rows=9, ids="identity", sharding=("data_parallel",)),
         ),
         model={"kind": "fm", "linear": "projection"},
+        sharding=ShardingConfig(host_kernels=wanted),
     )
     state, found = build_state(config, 0, world), []
     for name, members in collections_of(state.physical).items():
-        for collection in (state.collections[name], shard_collection(members, state.placements, world)):
+        made = shard_collection(members, state.placements, world, host_kernels=wanted)
+        for collection in (state.collections[name], made):
             found += kernels_in(collection)
-    assert sorted(found) == ["DenseTableBatchedEmbeddingBagsCodegen"] * 2 + ["HostTables"] * 2
+    assert sorted(found) == ["DenseTableBatchedEmbeddingBagsCodegen"] * 2 + [kind] * 2

@@ -242,6 +242,9 @@ class ShardingConfig:
     pack: bool = True
     """Put tables that allow it side by side in one physical table; changes no result and no name."""
 
+    host_kernels: bool = True
+    """On the CPU, look up and update by this project's kernels; false leaves both to FBGEMM. Equal to rounding."""
+
     def __post_init__(self) -> None:
         allowed = self.memory_gib >= 0 and math.isfinite(self.memory_gib)
         require(allowed, f"memory_gib is {self.memory_gib}, expected 0 or more")

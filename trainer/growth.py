@@ -169,7 +169,8 @@ def _build(
     reason = ""
     for name, members in changed.items():
         try:
-            built[name] = shard_collection(members, placements, state.world)
+            kernels = state.config.sharding.host_kernels
+            built[name] = shard_collection(members, placements, state.world, host_kernels=kernels)
         except (MemoryError, RuntimeError) as error:
             reason = " ".join(str(error).split())
         if state.world.sum_integers(int(bool(reason)))[0]:

@@ -47,6 +47,9 @@ from trainer.world import World
 _GIB = 1 << 30
 _BY_ROWS_OR_WHOLE = ("table_wise", "row_wise", "table_row_wise")
 _BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
+_GLOO_BYTES_PER_MS = float(1 << 30) / 1000
+"""What gloo moves between ranks, in order of magnitude; the planner would take hosts to be joined by NVLink."""
+
 _SHARE_FOR_TABLES = 0.85
 """Part of the memory that tables may take; the rest is the dense part, activations and batches."""
 
@@ -132,10 +135,11 @@ def plan_tables(
             local_world_size=world.local_size,
             hbm_cap=offered if on_cuda else None,
             ddr_cap=None if on_cuda else offered,
+            **({} if on_cuda else {"intra_host_bw": _GLOO_BYTES_PER_MS, "inter_host_bw": _GLOO_BYTES_PER_MS}),
         ),
         batch_size=rows_per_rank,
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints={table.name: _constraint(table, world) for table in physical},
+        constraints={table.name: _constraint(table, world, rows_per_rank) for table in physical},
     )
     plan: ShardingPlan = None
     with world.together():  # the planner's own collective_plan leaves the other ranks waiting when the chief's fails
@@ -156,13 +160,15 @@ class _Tables(nn.Module):
         self.tables = nn.ModuleDict(collections)
 
 
-def _constraint(table: PhysicalTable, world: World) -> ParameterConstraints:
+def _constraint(table: PhysicalTable, world: World, rows_per_rank: int) -> ParameterConstraints:
+    """What the planner must know of a table; it is asked for as many distinct rows as the batch has ids, at most."""
     kinds = allowed_types(table, world)
     return ParameterConstraints(
         sharding_types=kinds,
         compute_kernels=sorted({k for kind in kinds for k in Sharder().compute_kernels(kind, world.device.type)}),
         # The smallest column shard that the kernels take, so that narrow tables can be split at all.
         min_partition=max(4, table.width // world.size // 4 * 4),
+        batch_sizes=[rows_per_rank * len(table.space.features)],
     )
 
 
@@ -186,10 +192,12 @@ def shard(
     order: Sequence[str],
     *,
     seed: int,
+    host_kernels: bool = True,
 ) -> tuple[DistributedModelParallel, CTRTask]:
     """The task with its tables sharded and its model data-parallel, rows not yet filled, and the task inside it.
 
-    Collective. ``order``: public names of the tables as the run description lists them.
+    Collective. ``order``: public names of the tables as the run description lists them. ``host_kernels``: see
+    ``ShardingConfig``.
     """
     for table in physical:
         check_sparse(table, world.device, data_parallel=is_data_parallel(placements, table))
@@ -199,20 +207,21 @@ def shard(
     plan = {f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()}
     with Untouched():
         sharded = DistributedModelParallel(task, device=world.device, plan=ShardingPlan(plan), sharders=_sharders())
-    for collection in task.tables.values():
+    for collection in task.tables.values() if host_kernels else ():
         use_host_kernels(collection)
     return sharded, task
 
 
 def shard_collection(
-    members: Sequence[PhysicalTable], placements: Placements, world: World
+    members: Sequence[PhysicalTable], placements: Placements, world: World, *, host_kernels: bool = True
 ) -> ShardedEmbeddingBagCollection:
     """One collection sharded by itself: what takes the place of a smaller one in the task. Its rows are not filled."""
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     collection, plan = _fused_collection(members, placements), _module_plan(members, placements)
     with Untouched():
         sharded = _sharders()[0].shard(collection, plan, env, world.device)
-    use_host_kernels(sharded)
+    if host_kernels:
+        use_host_kernels(sharded)
     return sharded
 
 

@@ -233,7 +233,8 @@ def build_state(
     physical = with_stripes(lay_out(config.tables, world.size, pack=config.sharding.pack), stripes or {})
     placements = plan_tables(physical, config.sharding, world, config.data.global_batch_size // world.size)
     order = [table.key for table in config.tables]
-    sharded, task = shard(model, physical, placements, world, order, seed=config.seed)
+    kernels = config.sharding.host_kernels
+    sharded, task = shard(model, physical, placements, world, order, seed=config.seed, host_kernels=kernels)
     if world.size > 1:
         models.norm.synchronize(model, SumOverRanks.apply)
     groups = [dense_group(dict(model.named_parameters()), config.dense_optimizer)]
