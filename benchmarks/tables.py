@@ -28,9 +28,35 @@ def identity_map(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{idmap.table_of(record['maps'])}"
 
 
+def checkpoints(record: dict[str, Any]) -> str:
+    """The record of checkpoints.py."""
+    headers = ["ids", "ranks", "what", "MiB", "GB/s", "plain GB/s", "ratio", "peak / tables", "more MiB"]
+    whats = {"save": "save", "load_cold": "load, cold cache", "load_warm": "load, warm cache"}
+    rows = [
+        [
+            found["kind"],
+            found["ranks"],
+            what,
+            f"{found['files_mib']:,.0f}",
+            f"{found[key]['gb_per_second']['p50']:.2f}",
+            f"{found[key]['plain_gb_per_second']['p50']:.2f}",
+            f"{found[key]['ratio']:.2f}",
+            f"{found[key[:4] + '_peak']:.2f}",
+            f"{found[key[:4] + '_more_mib']:.0f}",
+        ]
+        for found in record["checkpoints"]
+        for key, what in whats.items()
+    ]
+    return f"{_origin(record)}\n\n{_table(headers, rows)}"
+
+
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
-    makers: dict[str, Callable[[dict[str, Any]], str]] = {"growth": growth, "idmap": identity_map}
+    makers: dict[str, Callable[[dict[str, Any]], str]] = {
+        "checkpoints": checkpoints,
+        "growth": growth,
+        "idmap": identity_map,
+    }
     # A record is named after its program, and what it is of where one run did not measure everything.
     records = [(path.stem.partition("_")[0], path) for path in sorted(results.glob("*.json"))]
     known = [(program, path) for program, path in records if program in makers]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import exact_ids, growth, peer_models, peers, record, tables, workload
+from benchmarks import checkpoints, exact_ids, growth, peer_models, peers, record, tables, workload
 from trainer.description import load
 from trainer.tables import lay_out
 
@@ -116,6 +116,22 @@ def test_the_pause_on_one_and_two_ranks_is_measured_and_written(
     assert all(moved <= each["copied_mib"] + 0.1 <= 1.05 * moved + 0.1 for each in found["pause"])
     assert np.isfinite([each["growth_to_copy"] for each in found["pause"]]).all()
     assert found["map"][0]["num_ids"] == growth.QUICK.map_ids[0]
+
+
+def test_checkpoints_on_one_and_two_ranks_are_measured_against_plain_files(tmp_path: Path) -> None:
+    output = tmp_path / "checkpoints.json"
+    words = ["--quick", "--allow-dirty", "--folder", str(tmp_path), "--output", str(output)]
+    for kind, ranks in (("identity", 1), ("exact", 2)):
+        checkpoints.main([*words, "--only", kind, "--ranks", str(ranks)])
+        (each,) = json.loads(output.read_text(encoding="utf-8"))["checkpoints"]
+        assert (each["kind"], each["ranks"]) == (kind, ranks)
+        assert each["tables_and_moments_mib"] == pytest.approx(each["rows"] * 128 / (1 << 20), rel=0.01)
+        ids_mib = each["rows"] * 9 / (1 << 20) if each["kind"] == "exact" else 0
+        assert each["files_mib"] == pytest.approx(each["tables_and_moments_mib"] + ids_mib, rel=0.02)
+        assert all(each[what]["ratio"] > 0 for what in ("save", "load_warm", "load_cold"))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.json"]
+    (line, *_) = [line for line in tables.rendered(tmp_path).splitlines() if "cold cache" in line]
+    assert line.split("|")[1].strip() == "exact"
 
 
 def test_exact_ids_are_measured_beside_identity_ids(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.command_line import call, digests
 from tests.distributed.training import saved_table
 from tests.small_data import SPARSE, run_plain, run_toml
-from trainer import checkpoint
+from trainer import checkpoint, contents
 from trainer import manifest as manifests
 from trainer.config import RunConfig
 from trainer.description import build
@@ -135,6 +135,26 @@ def test_another_layout_loads_and_saves_the_same_rows_and_moments(
         checkpoint.save(checkpoint.path_of(tmp_path / "again", 20), run.state, manifest)
     assert digests(checkpoint.path_of(tmp_path / "again", 20)) == before
     assert path == newest(tmp_path)
+
+
+def test_tables_in_many_blocks_that_are_read_in_many_parts_are_the_same_tables(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "_BLOCK_BYTES", 15 * 4 * 70)
+    monkeypatch.setattr(contents, "_BYTES_AT_ONCE", 15 * 4 * 11)
+    path, before = newest(finished), digests(finished / "run")
+    with join_world(standalone=True) as world:
+        run = start(open_inputs(build(RunConfig, run_plain(finished)), world), world)
+        for number in range(2):
+            manifest = checkpoint.save(tmp_path / f"step-0000000{number}", run.state, manifests.read(path))
+            assert all(block.slots * (block.end - block.begin) <= 15 * 70 for block in manifest.blocks)
+            assert len(manifest.blocks) > 15
+            for piece in run.state.shards():
+                for tensor in (piece.weight, *piece.moments.values()):
+                    tensor.detach().fill_(7)
+            path = tmp_path / f"step-0000000{number}"
+            checkpoint.load(path, manifest, run.state)
+            assert digests(path) == before
 
 
 def other_layout(finished: Path, output: Path, sharding: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest
 import torch
 
 from tests.batches import id_space
+from trainer import contents
 from trainer.config import DataConfig, RunConfig, TableConfig
 from trainer.contents import Relocation, SavedSpace, stripes_for
 from trainer.errors import CheckpointError
 from trainer.manifest import Block, Manifest
+from trainer.mapping import SpaceState
 from trainer.rows import Cursor
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace, owners_of, stripe_for
 from trainer.storage import Reader, write_tensors
 from trainer.vocabulary import Arrays, Vocabulary
+from trainer.world import World
 
 NAME = "embedding.t.weight"
 SLOTS_PER_BLOCK = 7
@@ -132,6 +136,45 @@ def test_every_id_in_use_keeps_its_row_exactly_once(
         assert (owners_of(ids, after) == np.array(list(found.values())) // space.stripe).all()
     else:
         assert space.rows_of(ids).tolist() == list(found.values())
+
+
+@pytest.mark.parametrize("kind", ["exact", "identity", "hashed"])
+@pytest.mark.parametrize(("before", "after"), WORLDS)
+def test_slots_that_go_in_one_run_are_those_of_which_each_goes_to_the_next_row(
+    folder: Path, kind: str, before: int, after: int
+) -> None:
+    checkpoint = Saved(folder, kind, before)
+    relocation = Relocation(checkpoint.saved, after)
+    space = enough(relocation, kind, after, 3)
+    runs = 0
+    for whole, slots in product(checkpoint.blocks(), [1, 2, SLOTS_PER_BLOCK]):
+        block = replace(whole, slots=min(slots, whole.slots))
+        rows = relocation.rows(block, space)
+        run = relocation.run(block, space)
+        if run is not None:
+            assert rows.tolist() == list(range(run.start, run.stop))
+        elif before == after:
+            assert (rows < 0).any()
+        runs += run is not None
+    assert bool(runs) == (before == after)
+
+
+@pytest.mark.parametrize(("before", "after", "read"), [(3, 3, {1}), (3, 2, {0, 1, 2})])
+def test_a_rank_reads_the_ids_of_others_only_where_some_may_become_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, read: set[int]
+) -> None:
+    checkpoint = Saved(folder, "exact", before)
+    found: set[int] = set()
+    arrays = SavedSpace.arrays
+    monkeypatch.setattr(SavedSpace, "arrays", lambda saved, owner: found.add(owner) or arrays(saved, owner))
+    relocation = Relocation(checkpoint.saved, after)
+    space = enough(relocation, "exact", after)
+    live = SpaceState(space, Vocabulary(space), 0, holders_everywhere=False)
+    contents.restore_ids(live, relocation, World(1, 1, after, after, torch.device("cpu")))
+    assert found == read
+    assert live.vocabulary is not None
+    own = [i for i in checkpoint.ids if owners_of(np.array([i]), after).item() == 1]
+    assert live.vocabulary.num_in_use == len(own) > 0
 
 
 @pytest.mark.parametrize(("before", "after"), WORLDS)

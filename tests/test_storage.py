@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.resources import largest_file
+from trainer import storage
 from trainer.errors import CheckpointError, OutputError, StateDictError
+from trainer.manifest import checksum
 from trainer.storage import SHARDS, Reader, read_plain, write_plain, write_tensors
 
 TENSORS = {
@@ -21,6 +27,19 @@ TENSORS = {
     "dense/steps": torch.tensor(7),
     "dense/empty": torch.empty(0, 4),
 }
+TABLE = torch.randn(4096, 16, generator=torch.Generator().manual_seed(1))
+PARTS = {
+    "rows": TABLE[1000:3000],
+    "columns": TABLE[:, :15],
+    "other columns": TABLE[7:900, 3:5],
+    "column": TABLE[:, 15:],
+    "vector": TABLE[:, 2],
+    "transposed": TABLE.t(),
+    "none": TABLE[5:5],
+    "half": TABLE[:50].bfloat16()[:, :7],
+    "marks": (TABLE > 0)[:, 1],
+}
+"""Parts of what lies in memory otherwise; names in the order in which nothing is written."""
 
 
 @pytest.fixture
@@ -37,6 +56,96 @@ def test_tensors_come_back_bit_by_bit(written: Path) -> None:
         assert found[name].dtype == expected.dtype
         assert torch.equal(found[name], expected)
     assert reader.read_all([]) == {}
+
+
+def test_parts_of_tensors_are_written_without_the_rest_and_come_back_bit_by_bit(tmp_path: Path) -> None:
+    write_tensors(tmp_path, PARTS)
+    found = Reader(tmp_path).read_all(list(PARTS))
+    for name, expected in PARTS.items():
+        assert found[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected), name
+    content = sum(part.nbytes for part in PARTS.values())
+    assert (tmp_path / SHARDS / "__0_0.distcp").stat().st_size < content + 2000 * len(PARTS)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 1 << 20])
+def test_checksums_made_while_writing_are_those_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    for name in ("_WRITE_BYTES", "_FLUSH_BYTES", "_HASHED_HERE_BYTES"):
+        monkeypatch.setattr(storage, name, piece_bytes)
+    found = write_tensors(tmp_path, {"small": TABLE[:20], "table": TABLE} if piece_bytes > 1 else {"a": TABLE[:9, :3]})
+    files = [file.name for file in (tmp_path / SHARDS).iterdir()]
+    assert sorted(found) == sorted(files) == [".metadata", "__0_0.distcp"]
+    assert found == {name: checksum(tmp_path / SHARDS / name) for name in files}
+
+
+def test_writing_holds_no_second_copy_of_all_tensors(tmp_path: Path) -> None:
+    table = torch.ones(1 << 21, 16)  # 128 MiB
+    write_tensors(tmp_path / "first", {"a": table[:9, :3]})
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    before = peak_bytes()
+    write_tensors(tmp_path, {f"{number}": part[:, :15] for number, part in enumerate(table.split(1 << 17))})
+    assert peak_bytes() - before < 48 << 20
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
+
+
+def test_what_only_a_flush_in_between_meets_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "_FLUSH_BYTES", 1 << 17)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(
+        CheckpointError, match=r"cannot write checkpoint .*: .*(Input/output error|full disk).* make room"
+    ):
+        write_tensors(tmp_path, {"table": TABLE})
+
+
+def test_plain_files_have_checksums_again_after_a_checkpoint_however_it_went(tmp_path: Path) -> None:
+    with largest_file(100), pytest.raises(CheckpointError):
+        write_tensors(tmp_path, TENSORS)
+    assert torch.serialization.get_crc32_options()
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "half"])
+def test_rows_are_read_from_any_place_on(tmp_path: Path, name: str) -> None:
+    write_tensors(tmp_path, PARTS)
+    expected = PARTS[name].numpy()
+    reader = Reader(tmp_path)
+    np.testing.assert_array_equal(reader.read_array(name), expected)
+    with reader.rows(name) as rows:
+        assert (rows.shape, rows.dtype) == (expected.shape, expected.dtype)
+        for first, end in ((0, 1), (3, 10), (len(expected) - 1, len(expected)), (2, 2)):
+            values = np.empty_like(expected[first:end], order="C")
+            rows.read(first, values)
+            np.testing.assert_array_equal(values, expected[first:end])
+
+
+def test_rows_that_are_not_there_are_one_line(tmp_path: Path) -> None:
+    write_tensors(tmp_path, {"table": TABLE})
+    reader, file = Reader(tmp_path), tmp_path / SHARDS / "__0_0.distcp"
+    with pytest.raises(CheckpointError, match="has no fable; it was written by another kind of run"):
+        reader.rows("fable")
+    content = file.read_bytes()
+    with reader.rows("table") as rows:
+        file.write_bytes(content[:100_000])
+        with pytest.raises(CheckpointError, match=r"distcp is damaged: it ends at byte 100000, before all was read"):
+            rows.read(0, np.empty_like(TABLE.numpy()))
+    for damaged in (content[:100_000], b"", content[:-300] + bytes(300)):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged: table is not where it was written"):
+            reader.rows("table")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read checkpoint .*: No such file or directory"):
+        reader.rows("table")
 
 
 def test_a_tensor_that_is_not_there_is_named(written: Path) -> None:

@@ -62,9 +62,7 @@ def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
 def _write(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
     world = state.world
     tensors, blocks = own_tensors(state, {name: space["slots_used"] for name, space in manifest.spaces.items()})
-    write_tensors(path, tensors)
-    with world.together():
-        own = _own_files(path, world)
+    own = {f"{SHARDS}/{name}": seal for name, seal in write_tensors(path, tensors).items()}
     complete = _completed(manifest, world.gather((blocks, own)))
     with world.together():
         if world.is_chief:
@@ -80,17 +78,6 @@ def _make_room(path: Path) -> None:
         (path / SHARDS).mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; free or change the folder") from error
-
-
-def _own_files(path: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Checksums of what this rank wrote, read back; the chief's include the metadata of all."""
-    try:
-        names = [file.name for file in (path / SHARDS).iterdir() if file.name.startswith(f"__{world.rank}_")]
-        if world.is_chief:
-            names.append(".metadata")
-        return {f"{SHARDS}/{name}": manifests.checksum(path / SHARDS / name) for name in sorted(names)}
-    except OSError as error:
-        raise CheckpointError(f"cannot read back checkpoint {path}: {error}") from error
 
 
 def _completed(manifest: Manifest, gathered: Sequence[tuple[list[Block], dict[str, Any]]]) -> Manifest:

@@ -5,7 +5,11 @@ the model. Rows are found by their ids alone, so world size, plan, packing and c
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +20,28 @@ from torch import Tensor
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.manifest import Block, Manifest
+from trainer.mapping import SpaceState
 from trainer.sharding import Shard
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace, owners_of, stripe_for
 from trainer.state import TrainState, parts_in
 from trainer.storage import Reader
 from trainer.tables import lay_out, spaces_of
 from trainer.vocabulary import Arrays
+from trainer.world import World
 
 _SLOTS_PER_BLOCK = 1 << 20
+_BLOCK_BYTES = 64 << 20  # saving stages one block at a time
+_BYTES_AT_ONCE = 1 << 20  # loading: what stays in a core's cache between the file and the table
 _NOWHERE = -1
+
+Places = slice | NDArray[np.int64]
+"""Rows one after the other, or here and there."""
 
 
 def own_tensors(state: TrainState, slots_used: Mapping[str, list[int]]) -> tuple[dict[str, Tensor], list[Block]]:
-    """Host copies of what this rank writes, and the blocks among them; the chief writes what all ranks share.
+    """What this rank writes, and the blocks among it; the chief writes what all ranks share.
+
+    The tables' are parts of the live ones, not copies: they are to be written before anything changes.
 
     ``slots_used``: by id space, one past the highest slot used of every owner.
     """
@@ -36,10 +49,10 @@ def own_tensors(state: TrainState, slots_used: Mapping[str, list[int]]) -> tuple
     blocks: list[Block] = []
     if state.world.is_chief:
         for name, value in state.dense().items():
-            tensors[f"dense/{name}"] = value.detach().cpu()
+            tensors[f"dense/{name}"] = value
         for name, moments in state.dense_moments().items():
             for moment, value in moments.items():
-                tensors[f"dense_moments/{name}/{moment}"] = value.detach().cpu()
+                tensors[f"dense_moments/{name}/{moment}"] = value
     for name, space in state.spaces.items():
         if space.vocabulary is not None:
             for part, values in space.vocabulary.state().items():
@@ -58,11 +71,12 @@ def _blocks_of(piece: Shard, used: list[int], label: str) -> Iterator[tuple[Bloc
     """The piece as blocks of logical tables: one owner's slots, those that were ever used, a bounded number each."""
     stripe = piece.table.space.stripe
     for part, begin, end, columns in parts_in(piece):
+        at_most = max(1, min(_SLOTS_PER_BLOCK, _BLOCK_BYTES // ((end - begin) * piece.weight.element_size())))
         for owner, slots in enumerate(used):
             first = max(0, piece.row - owner * stripe)
             last = min(slots, piece.row + len(piece.weight) - owner * stripe)
-            for slot in range(first, last, _SLOTS_PER_BLOCK):
-                number = min(_SLOTS_PER_BLOCK, last - slot)
+            for slot in range(first, last, at_most):
+                number = min(at_most, last - slot)
                 path = f"tables/{part.table.key}/{label}.{owner}.{slot}"
                 block = Block(part.table.key, path, owner, slot, number, begin, end)
                 start = owner * stripe + slot - piece.row
@@ -72,13 +86,12 @@ def _blocks_of(piece: Shard, used: list[int], label: str) -> Iterator[tuple[Bloc
 
 
 def _cut(values: Tensor, rows: slice, columns: slice) -> Tensor:
-    """A host copy of some rows and, of a matrix, some columns."""
-    part = values.detach()[rows] if values.dim() == 1 else values.detach()[rows, columns]
-    return part.to("cpu", copy=True).contiguous()
+    """Some rows and, of a matrix, some columns."""
+    return values.detach()[rows] if values.dim() == 1 else values.detach()[rows, columns]
 
 
 class SavedSpace:
-    """An id space as a checkpoint holds it: which id each slot of each owner has."""
+    """An id space as a checkpoint holds it: which id each slot of each owner has. Threads may share one."""
 
     def __init__(self, name: str, manifest: Manifest, reader: Reader) -> None:
         self.name = name
@@ -88,15 +101,16 @@ class SavedSpace:
         self.ids_seen: int = manifest.spaces[name]["ids_seen"]
         self._reader = reader
         self._arrays: dict[int, Arrays] = {}
+        self._reading = threading.Lock()
 
     def arrays(self, owner: int) -> Arrays:
         """What the owner's vocabulary has to remember; empty but for ``exact`` spaces."""
-        if owner not in self._arrays:
-            prefix = f"vocabulary/{self.name}/{owner}/"
-            keys = [key for key in self._reader.sizes if key.startswith(prefix)]
-            found = self._reader.read_all(keys)
-            self._arrays[owner] = {key.removeprefix(prefix): value.numpy() for key, value in found.items()}
-        return self._arrays[owner]
+        with self._reading:
+            if owner not in self._arrays:
+                prefix = f"vocabulary/{self.name}/{owner}/"
+                keys = [key for key in self._reader.sizes if key.startswith(prefix)]
+                self._arrays[owner] = {key.removeprefix(prefix): self._reader.read_array(key) for key in keys}
+            return self._arrays[owner]
 
     def ids(self, owner: int, slot: int, slots: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Ids of some slots, and which of them have one; the cold row has none."""
@@ -109,6 +123,15 @@ class SavedSpace:
             return ids, used
         ids = (places - FIRST_SLOT) * self.world_size + owner
         return ids, (places >= FIRST_SLOT) & (ids < self.ids_seen)
+
+    def all_have_ids(self, owner: int, slot: int, slots: int) -> bool:
+        """Whether ``ids`` finds one in each of the slots; the cold row counts as one that has."""
+        first, end = max(slot, FIRST_SLOT), slot + slots
+        if owner > 0 and slot < FIRST_SLOT:
+            return False
+        if self.kind == "exact":
+            return bool(self.arrays(owner)["used"][first - FIRST_SLOT : end - FIRST_SLOT].all())
+        return end <= FIRST_SLOT or (end - 1 - FIRST_SLOT) * self.world_size + owner < self.ids_seen
 
 
 class Relocation:
@@ -140,6 +163,15 @@ class Relocation:
         if self.saved.kind != "exact":
             return stripe_for(self.saved.ids_seen, self.world_size)
         return int(max(self._taken)) if self._slots else max(self.saved.slots_used)
+
+    def run(self, block: Block, space: IdSpace) -> slice | None:
+        """What ``rows`` finds, where all slots are in use and keep their places: found without looking at each."""
+        if self.saved.world_size != self.world_size:
+            return None
+        if not self.saved.all_have_ids(block.owner, block.slot, block.slots):
+            return None
+        first = block.owner * space.stripe + block.slot
+        return slice(first, first + block.slots)
 
     def rows(self, block: Block, space: IdSpace) -> NDArray[np.int64]:
         """Rows in ``space`` of a block's slots, ``_NOWHERE`` for those that are not in use."""
@@ -196,16 +228,25 @@ def load_into(state: TrainState, manifest: Manifest, reader: Reader) -> None:
     with torch.no_grad():
         for name, value in dense.items():
             value.copy_(loaded[f"dense/{name}"])
-        state.load_dense_moments(_dense_moments(reader, state))
+    state.load_dense_moments(_dense_moments(reader, state))
+    with ThreadPoolExecutor(torch.get_num_threads(), "load checkpoint") as threads:
+        tasks = [threads.submit(restore_ids, live, spaces[name], state.world) for name, live in state.spaces.items()]
         for piece in state.shards():
-            _fill(piece, manifest, reader, spaces[piece.table.space.name])
-    for name, live in state.spaces.items():
-        saved = spaces[name].saved
-        live.ids_seen = saved.ids_seen
-        if live.vocabulary is not None:
-            arrays = [saved.arrays(owner) for owner in range(manifest.world_size)]
-            live.vocabulary.restore(arrays, state.world.rank, state.world.size)
+            relocation = spaces[piece.table.space.name]
+            tasks += [threads.submit(_carry, move, reader, relocation) for move in _moves_to(piece, manifest)]
+        for task in tasks:
+            task.result()
     state.start_at(manifest.step)
+
+
+def restore_ids(live: SpaceState, relocation: Relocation, world: World) -> None:
+    """Give a rank what it has to know of the ids of a space."""
+    saved = relocation.saved
+    live.ids_seen = saved.ids_seen
+    if live.vocabulary is not None:
+        stays = saved.world_size == world.size  # then no owner has ids of another
+        arrays = [saved.arrays(o) if o == world.rank or not stays else {} for o in range(saved.world_size)]
+        live.vocabulary.restore(arrays, world.rank, world.size)
 
 
 def _dense_moments(reader: Reader, state: TrainState) -> dict[str, dict[str, Tensor]]:
@@ -217,30 +258,73 @@ def _dense_moments(reader: Reader, state: TrainState) -> dict[str, dict[str, Ten
     return moments
 
 
-def _fill(piece: Shard, manifest: Manifest, reader: Reader, relocation: Relocation) -> None:
-    """Rows and moments of one live piece from every block that holds some of them."""
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """Columns of a block that belong to a live piece."""
+
+    piece: Shard
+    block: Block
+    source: slice
+    """Columns of the block."""
+
+    target: slice
+    """Columns of the piece."""
+
+
+def _moves_to(piece: Shard, manifest: Manifest) -> Iterator[_Move]:
+    """Every block that may hold rows and columns of a live piece."""
     for part, begin, end, columns in parts_in(piece):
         for block in manifest.blocks:
-            if block.table != part.table.key or block.end <= begin or end <= block.begin:
-                continue
-            if not _may_share_rows(block, manifest, piece):
-                continue
-            rows = relocation.rows(block, piece.table.space)
-            here = np.flatnonzero((rows >= piece.row) & (rows < piece.row + len(piece.weight)))
-            if not len(here):
-                continue
-            content = reader.read_all([f"{block.path}/{name}" for name in ("weight", *piece.moments)])
-            target, source = torch.from_numpy(rows[here] - piece.row), torch.from_numpy(here)
             low, high = max(begin, block.begin), min(end, block.end)
-            into = slice(columns.start + low - begin, columns.start + high - begin)
-            for name, live in [("weight", piece.weight), *piece.moments.items()]:
-                _scatter(live, target, into, content[f"{block.path}/{name}"], source, low - block.begin, high - low)
+            if block.table == part.table.key and low < high and _may_share_rows(block, manifest, piece):
+                target = slice(columns.start + low - begin, columns.start + high - begin)
+                yield _Move(piece, block, slice(low - block.begin, high - block.begin), target)
 
 
-def _scatter(live: Tensor, target: Tensor, into: slice, saved: Tensor, source: Tensor, first: int, width: int) -> None:
-    values = saved[source] if saved.dim() == 1 else saved[source, first : first + width]
-    place = live if live.dim() == 1 else live[:, into]
-    place[target.to(live.device)] = values.to(live.device)
+def _carry(move: _Move, reader: Reader, relocation: Relocation) -> None:
+    """Rows and moments of a block to their places in the live piece, as much at once as a core's cache holds."""
+    piece, block = move.piece, move.block
+    with ExitStack() as files:
+        tensors = [("weight", piece.weight), *piece.moments.items()]
+        opened = [(files.enter_context(reader.rows(f"{block.path}/{name}")), live) for name, live in tensors]
+        at_once = max(1, _BYTES_AT_ONCE // (4 * (block.end - block.begin)))
+        buffers = [np.empty((at_once, *rows.shape[1:]), rows.dtype) for rows, _ in opened]
+        for first in range(0, block.slots, at_once):
+            some = replace(block, slot=block.slot + first, slots=min(at_once, block.slots - first))
+            found = _here(some, piece, relocation)
+            if found is None:
+                continue
+            source, target = found
+            begin, end = (source.start, source.stop) if isinstance(source, slice) else (0, some.slots)
+            for (rows, live), buffer in zip(opened, buffers, strict=True):
+                values = buffer[: end - begin]
+                rows.read(first + begin, values)
+                _put(live, target, move.target, values if isinstance(source, slice) else values[source], move.source)
+
+
+def _here(block: Block, piece: Shard, relocation: Relocation) -> tuple[Places, Places] | None:
+    """Which slots of a block, counted from its first, go to which rows of a piece; None if none do."""
+    last = piece.row + len(piece.weight)
+    run = relocation.run(block, piece.table.space)
+    if run is not None:
+        low, high = max(run.start, piece.row), min(run.stop, last)
+        return (
+            (slice(low - run.start, high - run.start), slice(low - piece.row, high - piece.row)) if low < high else None
+        )
+    rows = relocation.rows(block, piece.table.space)
+    here = np.flatnonzero((rows >= piece.row) & (rows < last))
+    return (here, rows[here] - piece.row) if len(here) else None
+
+
+def _put(live: Tensor, rows: Places, columns: slice, values: NDArray[Any], chosen: slice) -> None:
+    """The chosen columns of ``values`` to rows and columns of a live tensor; without columns where that has none."""
+    whole = live.detach()
+    place, new = (whole, values) if whole.dim() == 1 else (whole[:, columns], values[:, chosen])
+    if place.device.type == "cpu":
+        place.numpy()[rows] = new  # on this thread alone, unlike torch
+    else:
+        where = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(place.device)
+        place[where] = torch.from_numpy(new).to(place.device)
 
 
 def _may_share_rows(block: Block, manifest: Manifest, piece: Shard) -> bool:
