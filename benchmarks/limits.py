@@ -2,11 +2,11 @@
 
 A step of DeepFM over packed rows of 15 + 1 floats cannot do without
     read         decode the Parquet columns (pyarrow, nothing else)
-    map          find the distinct ids and their slots (numba kernels of the trainer, which are faster than numpy's)
-    gather       copy each id's row to the batch
+    map          find the distinct ids and their slots (kernels.py, the fastest that we know)
+    gather       copy each id's row to the batch (lookup_kernels.py, the fastest that we know)
     products     three matrix products of the first layer: forward, by input, by weight (torch)
     stream       pass over the batch's rows: read them for the pairs of fields, read and write their gradients
-    scatter      sum the gradients by row, and read and write the distinct rows and their moments
+    scatter      sum the gradients by row, and read and write the distinct rows and their moments (lookup_kernels.py)
 
 Each is timed on one core; the floor is their sum spread evenly over all cores, with nothing else: no autograd, no small
 layers, no Python, no waiting. ``bytes`` and ``flops`` are what the part moves and computes, from the shapes.
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +34,12 @@ from tabulate import tabulate
 from benchmarks.record import RESULTS, ROOT, provenance, write
 from benchmarks.workload import LABEL, Workload
 from benchmarks.workload import write as write_files
-from trainer.idmap import Deduplicator, IdMap
+from trainer import lookup_kernels as kernels
+from trainer.idmap import Deduplicator, Distinct, IdMap
 
-_REPEATS = 15
+_REPEATS = 24
+_BATCHES = 8
+T = TypeVar("T")
 _FLOAT_BYTES = 4
 
 
@@ -64,45 +67,53 @@ def measure(workload: Workload, batch: int, files: Sequence[Path]) -> list[Part]
 
 def _measure(workload: Workload, batch: int, files: Sequence[Path]) -> list[Part]:
     width = workload.dim + 1
-    ids, read_ms = _read(workload, batch, files)
-    distinct, map_ms = _map(workload, ids)
-    rows = torch.from_numpy(distinct.ids)
-    inverse = torch.from_numpy(distinct.inverse.astype(np.int64))
-    table, moments = torch.randn(workload.table_rows, width), torch.rand(workload.table_rows, width)
-    lookups = torch.from_numpy(ids)
-    pooled, gradient = torch.empty(len(ids), width), torch.randn(len(ids), width)
-    gather_ms = _median_ms(lambda: torch.index_select(table, 0, lookups, out=pooled))
+    batches, read_ms = _read(workload, batch, files)
+    found, map_ms = _map(workload, batches)
+    num_ids, num_distinct = batches[0].size, statistics.mean(len(distinct.ids) for distinct in found)
+    shape = (batch, workload.fields * width)
+    table = torch.randn(workload.table_rows * width).numpy()
+    moments = torch.rand(workload.table_rows * width).numpy()
+    bounds, sums = np.arange(num_ids + 1, dtype=np.int32), np.empty(num_ids * width, np.float32)
+    pooled, gradient = torch.empty(shape), torch.randn(shape)
+    step = kernels.ADAGRAD, table, moments, width, np.float32(1e-6), np.float32(1e-8)
+    slopes = gradient.numpy()
+    gather_ms = _median_ms(lambda ids: kernels.look_up(table, width, ids, bounds, pooled.numpy(), 0, 0, batch), batches)
     products_ms, flops = _products(workload, batch, pooled)
-    stream_ms = _median_ms(lambda: _stream(pooled, gradient))
-    scatter_ms = _median_ms(lambda: _scatter(table, moments, rows, inverse, gradient))
-    row_mib, pooled_mib = (count * width * _FLOAT_BYTES / (1 << 20) for count in (len(rows), len(ids)))
+    stream_ms = _median_ms(lambda rows: gradient.add_(rows, alpha=1e-9), [pooled])
+    scatter_ms = _median_ms(
+        lambda each: kernels.update(*step, each.ids, slopes, bounds, each.inverse, 0, sums, 0, len(each.ids)), found
+    )
+    row_mib, pooled_mib = (count * width * _FLOAT_BYTES / (1 << 20) for count in (num_distinct, num_ids))
     return [
-        Part("read", read_ms, ids.nbytes / (1 << 20), 0.0),
-        Part("map", map_ms, 2 * ids.nbytes / (1 << 20), 0.0),
+        Part("read", read_ms, batches[0].nbytes / (1 << 20), 0.0),
+        Part("map", map_ms, 2 * batches[0].nbytes / (1 << 20), 0.0),
         Part("gather", gather_ms, row_mib + pooled_mib, 0.0),
         Part("products", products_ms, 3 * pooled_mib, flops / 1e9),
-        Part("stream", stream_ms, 3 * pooled_mib, 3 * len(ids) * width / 1e9),
-        Part("scatter", scatter_ms, pooled_mib + 4 * row_mib, (len(ids) + 6 * len(rows)) * width / 1e9),
+        Part("stream", stream_ms, 3 * pooled_mib, 3 * num_ids * width / 1e9),
+        Part("scatter", scatter_ms, pooled_mib + 4 * row_mib, (num_ids + 6 * num_distinct) * width / 1e9),
     ]
 
 
-def _read(workload: Workload, batch: int, files: Sequence[Path]) -> tuple[NDArray[np.int64], float]:
-    """A batch of ids, feature-major, and the time to decode as many rows as it has."""
+def _read(workload: Workload, batch: int, files: Sequence[Path]) -> tuple[list[NDArray[np.int64]], float]:
+    """Batches of ids by row, then by field; and the time to decode as many rows as one has."""
     names = [*workload.names, LABEL]
-    groups = range(max(1, -(-batch // workload.row_group_rows)))
+    table: pa.Table = pq.read_table(files[0], columns=names)
     with pq.ParquetFile(files[0]) as file:
-        milliseconds = _median_ms(lambda: file.read_row_groups(groups, columns=names, use_threads=False))
-        table: pa.Table = file.read_row_groups(groups, columns=names)
-    columns = [table.column(name).to_numpy()[:batch] for name in workload.names]
-    return np.concatenate(columns), milliseconds * batch / table.num_rows
+        read_ms = _median_ms(lambda group: file.read_row_group(group, columns=names, use_threads=False), range(8))
+        group_rows = file.metadata.row_group(0).num_rows
+    columns = [table.column(name).to_numpy() for name in workload.names]
+    begins = range(0, min(_BATCHES * batch, table.num_rows // batch * batch), batch)
+    batches = [np.stack([column[begin : begin + batch] for column in columns], axis=1).reshape(-1) for begin in begins]
+    return batches, read_ms * batch / group_rows
 
 
-def _map(workload: Workload, ids: NDArray[np.int64]) -> tuple[Any, float]:
-    """The distinct ids, and the time to find them and their slots among those of a whole table."""
+def _map(workload: Workload, batches: Sequence[NDArray[np.int64]]) -> tuple[list[Distinct], float]:
+    """The distinct ids of each batch; and the time to find them, and their slots among those of a whole table."""
     known = IdMap()
     known.assign(np.arange(workload.table_rows))
     deduplicate = Deduplicator()
-    return deduplicate(ids), _median_ms(lambda: known.find(deduplicate(ids).ids))
+    map_ms = _median_ms(lambda ids: known.find(deduplicate(ids).ids), batches)
+    return [deduplicate(ids) for ids in batches], map_ms
 
 
 def _products(workload: Workload, batch: int, pooled: torch.Tensor) -> tuple[float, int]:
@@ -111,36 +122,21 @@ def _products(workload: Workload, batch: int, pooled: torch.Tensor) -> tuple[flo
     rows_BI, weight_HI, grad_BH = pooled.view(batch, inputs), torch.randn(units, inputs), torch.randn(batch, units)
     out_BH, grad_BI, grad_HI = torch.empty(batch, units), torch.empty(batch, inputs), torch.empty(units, inputs)
 
-    def products() -> None:
+    def products(rows_BI: torch.Tensor) -> None:
         torch.mm(rows_BI, weight_HI.t(), out=out_BH)
         torch.mm(grad_BH, weight_HI, out=grad_BI)
         torch.mm(grad_BH.t(), rows_BI, out=grad_HI)
 
-    return _median_ms(products), 3 * 2 * batch * inputs * units
+    return _median_ms(products, [rows_BI]), 3 * 2 * batch * inputs * units
 
 
-def _stream(pooled: torch.Tensor, gradient: torch.Tensor) -> None:
-    """One reading of the rows and one reading and writing of their gradients."""
-    gradient.add_(pooled, alpha=1e-9)
-
-
-def _scatter(
-    table: torch.Tensor, moments: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, gradient: torch.Tensor
-) -> None:
-    """Adagrad on the distinct rows."""
-    sums = torch.zeros(len(rows), table.shape[1]).index_add_(0, inverse, gradient)
-    squares = moments.index_select(0, rows).addcmul_(sums, sums)
-    moments.index_copy_(0, rows, squares)
-    table.index_add_(0, rows, sums.div_(squares.sqrt_()), alpha=-1e-6)
-
-
-def _median_ms(part: Callable[[], object]) -> float:
-    """CPU time: what other processes take is not this part's."""
-    part()
+def _median_ms(part: Callable[[T], object], over: Sequence[T]) -> float:
+    """CPU time, for what other processes take is not ours; of one input after the other, as training meets them."""
+    part(over[0])
     times = []
-    for _ in range(_REPEATS):
+    for number in range(_REPEATS):
         started = time.process_time()
-        part()
+        part(over[number % len(over)])
         times.append((time.process_time() - started) * 1e3)
     return statistics.median(times)
 

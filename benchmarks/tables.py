@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import idmap
+from benchmarks import idmap, limits, peers
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -50,12 +50,24 @@ def checkpoints(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{_table(headers, rows)}"
 
 
+def floor(record: dict[str, Any]) -> str:
+    """The record of limits.py."""
+    return f"{_origin(record)}\n\n{limits.table_of(record)}"
+
+
+def beside_peers(record: dict[str, Any]) -> str:
+    """The record of peers.py."""
+    return f"{_origin(record)}\n\n{peers.tables_of(record)}"
+
+
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
         "checkpoints": checkpoints,
         "growth": growth,
         "idmap": identity_map,
+        "limits": floor,
+        "peers": beside_peers,
     }
     # A record is named after its program, and what it is of where one run did not measure everything.
     records = [(path.stem.partition("_")[0], path) for path in sorted(results.glob("*.json"))]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import checkpoints, exact_ids, growth, peer_models, peers, record, tables, workload
+from benchmarks import checkpoints, exact_ids, growth, limits, peer_models, peers, record, tables, workload
 from trainer.description import load
 from trainer.tables import lay_out
 
@@ -174,6 +175,20 @@ def test_ids_of_a_field_are_as_skewed_as_zipfs_law_says_and_often_used_ones_are_
 
 
 @pytest.mark.parametrize("ids", ["exact", "hashed", "identity"])
+def test_the_floor_is_the_rows_that_all_cores_could_do_in_the_time_of_all_parts(tmp_path: Path) -> None:
+    files = workload.write(tmp_path, SMALL)
+    threads = torch.get_num_threads()
+    parts = {part.name: part for part in limits.measure(SMALL, 64, files)}
+    assert list(parts) == ["read", "map", "gather", "products", "stream", "scatter"]
+    assert all(part.milliseconds > 0 and part.mebibytes > 0 for part in parts.values())
+    assert parts["products"].gigaflops == pytest.approx(3 * 2 * 64 * 47 * 16 * 64 / 1e9)
+    assert torch.get_num_threads() == threads
+    rate = limits.floor_rows_per_second(SMALL, 64, files)
+    assert rate > 0
+    slower = [replace(part, milliseconds=4 * part.milliseconds) for part in parts.values()]
+    assert limits._floor(slower, 64) == pytest.approx(limits._floor([*parts.values()], 64) / 4)
+
+
 def test_the_run_description_is_one_that_the_trainer_takes_and_only_exact_tables_are_of_one_size(
     ids: str, tmp_path: Path
 ) -> None:
