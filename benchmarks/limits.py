@@ -99,7 +99,8 @@ def _read(workload: Workload, batch: int, files: Sequence[Path]) -> tuple[list[N
     names = [*workload.names, LABEL]
     table: pa.Table = pq.read_table(files[0], columns=names)
     with pq.ParquetFile(files[0]) as file:
-        read_ms = _median_ms(lambda group: file.read_row_group(group, columns=names, use_threads=False), range(8))
+        groups = range(file.num_row_groups)
+        read_ms = _median_ms(lambda group: file.read_row_group(group, columns=names, use_threads=False), groups)
         group_rows = file.metadata.row_group(0).num_rows
     columns = [table.column(name).to_numpy() for name in workload.names]
     begins = range(0, min(_BATCHES * batch, table.num_rows // batch * batch), batch)

@@ -174,7 +174,6 @@ def test_ids_of_a_field_are_as_skewed_as_zipfs_law_says_and_often_used_ones_are_
     assert np.abs(np.diff(np.argsort(counts)[-8:])).max() > 8
 
 
-@pytest.mark.parametrize("ids", ["exact", "hashed", "identity"])
 def test_the_floor_is_the_rows_that_all_cores_could_do_in_the_time_of_all_parts(tmp_path: Path) -> None:
     files = workload.write(tmp_path, SMALL)
     threads = torch.get_num_threads()
@@ -184,11 +183,12 @@ def test_the_floor_is_the_rows_that_all_cores_could_do_in_the_time_of_all_parts(
     assert parts["products"].gigaflops == pytest.approx(3 * 2 * 64 * 47 * 16 * 64 / 1e9)
     assert torch.get_num_threads() == threads
     rate = limits.floor_rows_per_second(SMALL, 64, files)
-    assert rate > 0
+    assert np.isfinite(rate)
     slower = [replace(part, milliseconds=4 * part.milliseconds) for part in parts.values()]
     assert limits._floor(slower, 64) == pytest.approx(limits._floor([*parts.values()], 64) / 4)
 
 
+@pytest.mark.parametrize("ids", ["exact", "hashed", "identity"])
 def test_the_run_description_is_one_that_the_trainer_takes_and_only_exact_tables_are_of_one_size(
     ids: str, tmp_path: Path
 ) -> None:
