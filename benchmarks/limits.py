@@ -75,7 +75,7 @@ def _measure(workload: Workload, batch: int, files: Sequence[Path]) -> list[Part
     moments = torch.rand(workload.table_rows * width).numpy()
     bounds, sums = np.arange(num_ids + 1, dtype=np.int32), np.empty(num_ids * width, np.float32)
     pooled, gradient = torch.empty(shape), torch.randn(shape)
-    step = kernels.ADAGRAD, table, moments, width, np.float32(1e-6), np.float32(1e-8)
+    step = kernels.ADAGRAD, table, moments, width, np.float32(1e-6), np.float32(1e-8), np.float32(0)
     slopes = gradient.numpy()
     gather_ms = _median_ms(lambda ids: kernels.look_up(table, width, ids, bounds, pooled.numpy(), 0, 0, batch), batches)
     products_ms, flops = _products(workload, batch, pooled)

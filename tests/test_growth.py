@@ -291,7 +291,7 @@ def test_a_growth_without_memory_leaves_everything_as_it_was_and_training_goes_o
     tables = [table("t", "a"), table("u", "b", rows=60)]
     state, undisturbed = start(world, tables), start(world, tables)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **options: object) -> None:
         raise failure
 
     train(state, steps=1)

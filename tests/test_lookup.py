@@ -240,9 +240,9 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "16-bit weights": {"weights_precision": SparseType.FP16},
     "16-bit sums": {"output_dtype": SparseType.FP16},
     "checks of ids": {"bounds_check_mode": BoundsCheckMode.WARNING},
-    "L2": {
+    "decoupled decay": {
         **{"optimizer": OptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1},
-        "weight_decay_mode": WeightDecayMode.L2,
+        "weight_decay_mode": WeightDecayMode.DECOUPLE,
     },
     "clipped gradients": {"gradient_clipping": True, "max_gradient": 1.0},
     "features of a table apart": {"features": (0, 1, 0, 2)},

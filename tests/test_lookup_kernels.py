@@ -18,7 +18,7 @@ from trainer.idmap import deduplicate
 
 Array = NDArray[np.float32]
 ROWS = 50
-RATE, EPS = np.float32(0.1), np.float32(1e-6)
+RATE, EPS, NO_DECAY = np.float32(0.1), np.float32(1e-6), np.float32(0)
 FORMULAS = {"sgd": kernels.SGD, "adagrad": kernels.ADAGRAD, "rowwise": kernels.ROWWISE_ADAGRAD}
 
 
@@ -127,7 +127,13 @@ def test_a_lookup_writes_the_rows_of_the_batch_that_it_is_asked_for() -> None:
 
 
 def updated(
-    case: Case, formula: str, table: Array, moments: Array, gradient: Array, cuts: tuple[float, ...] = ()
+    case: Case,
+    formula: str,
+    table: Array,
+    moments: Array,
+    gradient: Array,
+    cuts: tuple[float, ...] = (),
+    decay: np.float32 = NO_DECAY,
 ) -> tuple[Array, Array]:
     """Table and moments after a step whose distinct rows are cut into shares, the second first."""
     table, moments, width = table.copy(), moments.copy(), table.shape[1]
@@ -138,13 +144,15 @@ def updated(
     first, *others = pairwise(places)
     for begin, end in (*others[:1], first, *others[1:]):
         kernels.update(
-            *(FORMULAS[formula], table.reshape(-1), moments.reshape(-1), width, RATE, EPS),
+            *(FORMULAS[formula], table.reshape(-1), moments.reshape(-1), width, RATE, EPS, decay),
             *(rows, gradient, bounds, inverse, 8, sums, begin, end),
         )
     return table, moments
 
 
-def expected_update(case: Case, formula: str, table: Array, moments: Array, gradient: Array) -> tuple[Array, Array]:
+def expected_update(
+    case: Case, formula: str, table: Array, moments: Array, gradient: Array, decay: np.float32 = NO_DECAY
+) -> tuple[Array, Array]:
     """The same, row after row in float32, each sum in the order of the batch's rows and its features."""
     table, moments, width = table.copy(), moments.copy(), table.shape[1]
     sums: dict[int, Array] = {}
@@ -153,7 +161,8 @@ def expected_update(case: Case, formula: str, table: Array, moments: Array, grad
         for id_ in members:
             so_far = sums.get(id_, np.zeros(width, dtype=np.float32))
             sums[id_] = so_far + gradient[bag // case.num_features, column : column + width]
-    for row, g in sums.items():
+    for row, sum_ in sums.items():
+        g = sum_ + decay * table[row] if decay else sum_
         if formula == "sgd":
             table[row] -= RATE * g
         elif formula == "adagrad":
@@ -178,6 +187,15 @@ def inputs(case: Case, formula: str, width: int, rows: int = ROWS) -> tuple[Arra
 def test_an_update_is_its_formula_bit_for_bit(case: Case, formula: str, width: int) -> None:
     given_ = inputs(case, formula, width)
     for actual, expected in zip(updated(case, formula, *given_), expected_update(case, formula, *given_), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+@each_case
+def test_decay_adds_to_the_gradient_of_the_batchs_rows(case: Case, formula: str) -> None:
+    given_, decay = inputs(case, formula, 8), np.float32(0.25)
+    found = updated(case, formula, *given_, decay=decay)
+    for actual, expected in zip(found, expected_update(case, formula, *given_, decay), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -210,7 +228,22 @@ def test_other_threads_run_while_rows_are_updated() -> None:
     bounds = np.arange(0, len(ids) + 1, 1000, dtype=np.int32)
     rows, inverse, _ = deduplicate(ids)
     table, gradient = np.zeros(ROWS * 16, dtype=np.float32), np.zeros((len(bounds) - 1, 24), dtype=np.float32)
-    arguments = (kernels.SGD, table, table, 16, RATE, EPS, rows, gradient, bounds, inverse, 8, np.zeros_like(table), 0)
+    arguments = (
+        kernels.SGD,
+        table,
+        table,
+        16,
+        RATE,
+        EPS,
+        NO_DECAY,
+        rows,
+        gradient,
+        bounds,
+        inverse,
+        8,
+        np.zeros_like(table),
+        0,
+    )
     kernels.update(*arguments, 0)
     worker = threading.Thread(target=kernels.update, args=(*arguments, len(rows)))
     turns = 0

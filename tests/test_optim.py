@@ -170,9 +170,9 @@ def test_adam_in_a_sharded_table_on_cpu_is_refused() -> None:
         "use 'adagrad', or sharding = ['data_parallel'], which trains with torch.optim.Adam"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_sparse(table, CPU, data_parallel=False)
-    check_sparse(table, CPU, data_parallel=True)
-    check_sparse(table, torch.device("cuda"), data_parallel=False)
+        check_sparse(table, CPU, data_parallel=False, host_kernels=True)
+    check_sparse(table, CPU, data_parallel=True, host_kernels=True)
+    check_sparse(table, torch.device("cuda"), data_parallel=False, host_kernels=True)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adagrad", "adam"])
@@ -184,9 +184,17 @@ def test_l2_in_a_kernel_without_it_is_refused(kind: Any) -> None:
     )
     cuda = torch.device("cuda")  # nothing is put there
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_sparse(table, cuda, data_parallel=False)
-    check_sparse(table, cuda, data_parallel=True)
-    check_sparse(physical(optimizer=SparseOptimizerConfig(kind=kind)), cuda, data_parallel=False)
+        check_sparse(table, cuda, data_parallel=False, host_kernels=True)
+    check_sparse(table, cuda, data_parallel=True, host_kernels=True)
+    check_sparse(physical(optimizer=SparseOptimizerConfig(kind=kind)), cuda, data_parallel=False, host_kernels=True)
+
+
+def test_l2_by_fbgemms_kernels_on_cpu_is_refused() -> None:
+    table = physical(optimizer=SparseOptimizerConfig(kind="rowwise_adagrad", weight_decay=0.5))
+    with pytest.raises(ConfigError, match=r"^table 't': optimizer.weight_decay is 0.5, .*; use sharding.host_kernels"):
+        check_sparse(table, CPU, data_parallel=False, host_kernels=False)
+    check_sparse(table, CPU, data_parallel=False, host_kernels=True)
+    check_sparse(table, torch.device("cuda"), data_parallel=False, host_kernels=False)
 
 
 def test_only_rowwise_adagrad_on_padded_rows_needs_a_correction() -> None:

@@ -4,7 +4,7 @@ FBGEMM's CPU backward took a third of a step and hardly gained from a second thr
 order of its rows, once for both directions; backward finds the distinct rows among them, and each thread adds up the
 gradients of its share of these and updates them. Weights, moments, learning rate and epsilon stay where FBGEMM keeps
 them, so that state dicts, checkpoints, growth and schedules see no difference. Anything that is not plain (weighted or
-averaged bags, L2, other number types, other devices) is left to FBGEMM.
+averaged bags, other number types, other devices) is left to FBGEMM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     BoundsCheckMode,
     PoolingMode,
     SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
 )
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -66,7 +67,8 @@ def _is_plain(tables: SplitTableBatchedEmbeddingBagsCodegen) -> bool:
         and tables.optimizer in _FORMULAS
         and tables.bounds_check_mode_int == BoundsCheckMode.NONE.value
         and tables.feature_table_map == sorted(tables.feature_table_map)
-        and not (arguments.weight_decay or arguments.gradient_clipping or arguments.max_norm)
+        and (not arguments.weight_decay or arguments.weight_decay_mode == WeightDecayMode.L2.value)
+        and not (arguments.gradient_clipping or arguments.max_norm)
         and not tables.use_writeback_bwd_prehook
     )
 
@@ -147,6 +149,7 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
             part.width,
             np.float32(self.learning_rate_tensor.item()),
             np.float32(self.optimizer_args.eps),
+            np.float32(self.optimizer_args.weight_decay),
             rows,
             gradient,
             bags.bounds,

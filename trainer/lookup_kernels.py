@@ -274,6 +274,7 @@ def update(
     width: Integer,
     rate: Real,
     eps: Real,
+    decay: Real,
     rows: Integers,
     gradient: Floats,
     bounds: Slots,
@@ -286,18 +287,30 @@ def update(
     """Updates the distinct rows ``first`` to ``end`` - 1 of ``rows`` with the sums of their gradients.
 
     SGD: ``w -= rate * g``. Adagrad (Duchi et al., 2011): ``m += g * g; w -= rate * g / (sqrt(m) + eps)``. Row-wise
-    Adagrad has one moment a row: ``m += mean(g * g); w -= rate / (sqrt(m) + eps) * g``.
+    Adagrad has one moment a row: ``m += mean(g * g); w -= rate / (sqrt(m) + eps) * g``. Before all:
+    ``g += decay * w``.
 
     ``gradient``: float32 [B, columns], of what ``look_up`` wrote. ``inverse``: int32, where each id of the batch stands
     in ``rows``. ``moments``: float32 [rows * width], [rows], or any for SGD. ``sums``: float32 [m * width], written.
     """
     add_up(gradient, width, bounds, inverse, first_column, sums, first, end)
+    if decay != np.float32(0):
+        _add_decay(table, width, decay, rows, sums, first, end)
     if formula == ADAGRAD:
         _update_adagrad(table, moments, width, rate, eps, rows, sums, first, end)
     elif formula == ROWWISE_ADAGRAD:
         _update_rowwise(table, moments, width, rate, eps, rows, sums, first, end)
     else:
         _update_sgd(table, width, rate, rows, sums, first, end)
+
+
+@compiled
+def _add_decay(
+    table: Floats, width: Integer, decay: Real, rows: Integers, sums: Floats, first: Integer, end: Integer
+) -> None:
+    for u in range(first, end):
+        for c in range(width):
+            sums[u * width + c] += decay * table[rows[u] * width + c]
 
 
 @compiled

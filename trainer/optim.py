@@ -52,7 +52,7 @@ def width_correction(table: PhysicalTable) -> float:
     return math.sqrt(table.parts[-1].end / table.width)
 
 
-def check_sparse(table: PhysicalTable, device: torch.device, *, data_parallel: bool) -> None:
+def check_sparse(table: PhysicalTable, device: torch.device, *, data_parallel: bool, host_kernels: bool) -> None:
     """Refuse what the kernels of this device cannot do.
 
     Raises:
@@ -70,6 +70,11 @@ def check_sparse(table: PhysicalTable, device: torch.device, *, data_parallel: b
         raise ConfigError(
             f"table {name!r}: optimizer.weight_decay is {optimizer.weight_decay}, but FBGEMM's {optimizer.kind} "
             "kernel has no L2; use 'rowwise_adagrad', or sharding = ['data_parallel']"
+        )
+    if optimizer.weight_decay and device.type == "cpu" and not host_kernels:  # seen in fbgemm 1.8.0
+        raise ConfigError(
+            f"table {name!r}: optimizer.weight_decay is {optimizer.weight_decay}, but FBGEMM's CPU kernel trains rows "
+            "that come once in a batch by another formula; use sharding.host_kernels = true"
         )
 
 

@@ -200,7 +200,8 @@ def shard(
     ``ShardingConfig``.
     """
     for table in physical:
-        check_sparse(table, world.device, data_parallel=is_data_parallel(placements, table))
+        replicated = is_data_parallel(placements, table)
+        check_sparse(table, world.device, data_parallel=replicated, host_kernels=host_kernels)
     members = collections_of(physical)
     collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
     task = CTRTask(collections, Head(model, physical, order, seed=seed, world_size=world.size))

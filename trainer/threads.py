@@ -26,13 +26,13 @@ def equal_shares(counts: NDArray[Any], num_threads: int, row_cost: int) -> list[
 
     ``row_cost``: of a distinct row, in units of what each of its places costs.
 
-    >>> equal_shares(np.array([12, 1, 1, 1]), 2, row_cost=4)
-    [0, 1, 4]
+    >>> equal_shares(np.array([3, 2, 2, 3]), 2, row_cost=1)
+    [0, 2, 4]
     """
     if num_threads == 1:
         return [0, len(counts)]
     work = np.cumsum(counts + row_cost, dtype=np.int64)
-    cuts = np.searchsorted(work, [work[-1] * thread / num_threads for thread in range(1, num_threads)])
+    cuts = np.searchsorted(work, [work[-1] * thread / num_threads for thread in range(1, num_threads)], "right")
     return [0, *cuts.tolist(), len(counts)]
 
 
