@@ -7,7 +7,7 @@
     limits                           the floor that limits.py measures
 
 For shardrec the first epoch warms up (all ids are new in it) and the last one is timed, as the run itself reports it.
-All have two threads in all, and the environment with which the trainer starts itself (trainer/heap.py), unless
+All have two threads in all, and the environment with which the trainer starts itself (trainer/environment.py), unless
 ``--default-allocator`` leaves the peers as their users have them. A ratio is the median over turns, of times taken one
 after the other, so that other work on the machine meets both sides alike.
 
@@ -35,7 +35,7 @@ from benchmarks import peer_models
 from benchmarks.record import RESULTS, ROOT, percentiles, provenance, write
 from benchmarks.workload import Workload, describe, to_json, to_toml
 from benchmarks.workload import write as write_files
-from trainer.heap import SETTINGS
+from trainer.environment import ALLOCATOR
 
 OURS = ("shardrec-exact-1x2", "shardrec-exact-2x1")
 FIXED = ("shardrec-hashed-1x2", "shardrec-hashed-2x1", "shardrec-identity-1x2")
@@ -164,9 +164,9 @@ def _train(
 
 def environment(threads: int, *, allocator: bool) -> dict[str, str]:
     """The environment of every candidate, but for its threads."""
-    kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     chosen = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return kept | chosen | (SETTINGS if allocator else {})
+    return kept | chosen | (ALLOCATOR if allocator else {})
 
 
 def _run(words: Sequence[object], candidate: str, environ: Mapping[str, str]) -> None:
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = ["python", "-m", "benchmarks.peers", *(sys.argv[1:] if argv is None else argv)]
     record = provenance(command, allow_dirty=given.allow_dirty) | {"quick": given.quick}
     record["peer_versions"] = {name: peer_models.version(key) for key, name in peer_models.DISTRIBUTIONS.items()}
-    record["allocator"] = {} if given.default_allocator else SETTINGS
+    record["allocator"] = {} if given.default_allocator else ALLOCATOR
     files = write_files(given.data, sizes.workload)
     record["peers"] = measure(sizes, files, given.only, allocator=not given.default_allocator)
     write(given.output, record)

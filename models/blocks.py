@@ -135,11 +135,21 @@ class MLP(nn.Module):
 
     def of_fields(self, dense_BN: Tensor, embeddings_BFD: Tensor, num_dense: int) -> Tensor:
         """Return what ``forward`` does of ``deep_input``, of padded rows without copying them together."""
+        first = self.first_of_rows(embeddings_BFD)
+        if first is None:
+            out: Tensor = self(deep_input(dense_BN, embeddings_BFD, num_dense))
+            return out
+        return self.rest(linear_of_fields(first, dense_BN, embeddings_BFD))
+
+    def first_of_rows(self, embeddings_BFD: Tensor) -> nn.Linear | None:
+        """The first layer if these rows may enter it with their gaps; None if they have none or are to be cast."""
         first = self.mlp[0]
         is_cast = torch.is_autocast_enabled(embeddings_BFD.device.type)
-        if is_cast or type(first) is not nn.Linear or not lie_apart(embeddings_BFD):
-            return self(deep_input(dense_BN, embeddings_BFD, num_dense))
-        out: Tensor = self.mlp[1:](linear_of_fields(first, dense_BN, embeddings_BFD))
+        return first if type(first) is nn.Linear and not is_cast and lie_apart(embeddings_BFD) else None
+
+    def rest(self, hidden_BH: Tensor) -> Tensor:
+        """Return what ``forward`` does, given what its first layer gives."""
+        out: Tensor = self.mlp[1:](hidden_BH)
         return out
 
 

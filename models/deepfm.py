@@ -3,12 +3,15 @@
 Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim.
 """
 
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models import options
 from models.blocks import MLP, MLPOptions
+from models.fields import add_dense, column_beside, gather_weight, split_weight, spread_weight, with_gaps
 from models.fm import pairwise
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
@@ -42,6 +45,79 @@ class DeepFM(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
-        deep_B: Tensor = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
-        logits_B = pairwise(embeddings_BFD) + deep_B
-        return logits_B if self.linear is None else self.linear(dense_BN, embeddings_BFD, linear_BF) + logits_B
+        first = self.mlp.first_of_rows(embeddings_BFD)
+        weights_B: Tensor | None = None
+        if first is None:
+            deep_B = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
+            pairs_B = pairwise(embeddings_BFD)
+        else:
+            hidden_BH, pairs_B, weights_B = read_rows(first, dense_BN, embeddings_BFD, linear_BF)
+            deep_B = self.mlp.rest(hidden_BH)
+        logits_B = pairs_B + deep_B
+        if self.linear is None:
+            return logits_B
+        if weights_B is None:
+            weights_B = self.linear.of_fields(embeddings_BFD, linear_BF)
+        return self.linear.total(weights_B, dense_BN) + logits_B
+
+
+def read_rows(
+    first: nn.Linear, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What DeepFM makes of rows whose fields ``lie_apart``, with one gradient of the rows for all of it.
+
+    Returns ``first([v_1, ..., v_F, dense])``, shape [B, H], ``sum_{i<j} <v_i, v_j>``, shape [B], and ``sum_f w_f``,
+    shape [B], None where ``linear_BF`` is not in the gaps between the fields.
+    """
+    of_fields_HI, of_dense_HN = split_weight(first, embeddings_BFD)
+    column = column_beside(embeddings_BFD, linear_BF)
+    weights_BF = None if column is None else linear_BF
+    hidden_BH, pairs_B, weights_B = _Readings.apply(embeddings_BFD, weights_BF, of_fields_HI, first.bias, column)
+    return add_dense(hidden_BH, dense_BN, of_dense_HN), pairs_B, None if column is None else weights_B
+
+
+class _Readings(torch.autograd.Function):
+    """First layer, pairs and first-order sum of the same rows; the gradient of the rows is written once.
+
+    Autograd would write a gradient as large as the rows for each of the three and add them up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings_BFD: Tensor,
+        linear_BF: Tensor | None,
+        weight_HI: Tensor,
+        bias_H: Tensor,
+        column: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes [B, H], [B], [B]."""
+        _, num_fields, dim = embeddings_BFD.shape
+        rows_BFP = with_gaps(embeddings_BFD)
+        rows_BP, weight_HP = rows_BFP.flatten(1), spread_weight(weight_HI, num_fields, rows_BFP.shape[2])
+        sums_BP = rows_BFP.sum(dim=1)
+        gaps_B = torch.linalg.vector_norm(rows_BFP[:, :, dim:], dim=(1, 2))
+        squares_B = torch.linalg.vector_norm(rows_BP, dim=1).square() - gaps_B.square()
+        ctx.save_for_backward(rows_BFP, weight_HP, sums_BP)
+        ctx.dim, ctx.column = dim, column
+        weights_B = sums_BP[:, dim if column is None else column].clone()
+        pairs_B = 0.5 * (sums_BP[:, :dim].square().sum(dim=1) - squares_B)
+        return torch.addmm(bias_H, rows_BP, weight_HP.t()), pairs_B, weights_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, hidden_grad_BH: Tensor, pairs_grad_B: Tensor, weights_grad_B: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+        """Gradients of the inputs; what is between the fields of a gradient is zero or another's."""
+        rows_BFP, weight_HP, sums_BP = ctx.saved_tensors
+        dim, column, num_fields = ctx.dim, ctx.column, rows_BFP.shape[1]
+        pairs_grad_B1 = pairs_grad_B.unsqueeze(1)
+        grad_BFP = torch.addcmul((sums_BP * pairs_grad_B1).unsqueeze(1), rows_BFP, pairs_grad_B1.unsqueeze(2), value=-1)
+        grad_BFP[:, :, dim:] = 0
+        if column is not None:
+            grad_BFP[:, :, column] = weights_grad_B.unsqueeze(1)
+        grad_BFP.flatten(1).addmm_(hidden_grad_BH, weight_HP)
+        weight_grad_HI = gather_weight(hidden_grad_BH.t() @ rows_BFP.flatten(1), num_fields, dim)
+        linear_grad_BF = None if column is None else grad_BFP[:, :, column]
+        return grad_BFP[:, :, :dim], linear_grad_BF, weight_grad_HI, hidden_grad_BH.sum(dim=0), None

@@ -30,10 +30,17 @@ class FirstOrder(nn.Module):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return the first-order logit of each row, shape [B]."""
+        return self.total(self.of_fields(embeddings_BFD, linear_BF), dense_BN)
+
+    def of_fields(self, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        """Return ``sum_f w_f`` of each row, shape [B]."""
         if self.projection is None:
-            fields_B = linear_BF.sum(dim=1)
-        else:
-            fields_B = self.projection(embeddings_BFD.flatten(start_dim=1)).squeeze(1)
+            return linear_BF.sum(dim=1)
+        projected_B1: Tensor = self.projection(embeddings_BFD.flatten(start_dim=1))
+        return projected_B1.squeeze(1)
+
+    def total(self, fields_B: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return the first-order logit of each row, shape [B], given what ``of_fields`` does."""
         logits_B = self.bias + fields_B
         return logits_B if self.dense is None else logits_B + self.dense(dense_BN).squeeze(1)
 

@@ -45,7 +45,9 @@ class Recorder:
 def recorded() -> tuple[Any, list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
     sparse = {name: Recorder(name, calls) for name in COLLECTIONS}
-    bags = {"s": Bags(Recorder("places", calls), Recorder("bounds", calls))}  # type: ignore[arg-type]
+    bags = {
+        "s": Bags(Recorder("places", calls), Recorder("bounds", calls), np.empty(0, np.int32), np.empty(0, np.int32))
+    }  # type: ignore[arg-type]
     tensors = {name: Recorder(name, calls) for name in ("dense", "labels")}
     return replace(batch(), sparse=sparse, bags=bags, **tensors), calls  # type: ignore[arg-type]
 

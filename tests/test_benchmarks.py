@@ -278,6 +278,6 @@ def test_a_candidate_that_fails_ends_the_benchmark_with_what_it_said(tmp_path: P
 
 def test_every_candidate_gets_the_same_allocator_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    assert peers.environment(2, allocator=True).items() >= peers.SETTINGS.items()
-    assert not peers.environment(1, allocator=False).keys() & peers.SETTINGS.keys()
+    assert peers.environment(2, allocator=True).items() >= peers.ALLOCATOR.items()
+    assert not peers.environment(1, allocator=False).keys() & peers.ALLOCATOR.keys()
     assert peers.environment(1, allocator=False)["OMP_NUM_THREADS"] == "1"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from trainer import lookup_kernels as kernels
 from trainer.idmap import deduplicate
+from trainer.kernels import order_by_row
 
 Array = NDArray[np.float32]
 ROWS = 50
@@ -49,7 +50,7 @@ def case_of(lengths: list[list[int]], seed: int = 0, before: int = 0, below: int
 def in_order(case: Case, num_rows: int = ROWS) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
     ids = np.full(case.offsets[-1] - case.offsets[0], -7, dtype=np.int64)
     bounds = np.full(len(case.offsets), -7, dtype=np.int32)
-    wrong = kernels.order_by_row(case.indices, case.offsets, case.num_features, num_rows, ids, bounds)
+    wrong = order_by_row(case.indices, case.offsets, case.num_features, num_rows, ids, bounds)
     return ids, bounds, wrong
 
 

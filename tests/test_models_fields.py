@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.blocks import MLP
-from models.fields import lie_apart, linear_of_fields
+from models.deepfm import DeepFM
+from models.fields import column_beside, lie_apart, linear_of_fields
 from models.fm import pairwise
 
 B, F, D, N = 5, 3, 6, 2
@@ -59,3 +60,38 @@ def test_the_gradient_of_all_pairs_is_that_of_their_products():
     (gradient,) = torch.autograd.grad((pairwise(embeddings) * weights).sum(), leaf)
     torch.testing.assert_close(pairwise(embeddings), expected)
     torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), leaf)[0])
+
+
+def test_a_column_lies_beside_fields_only_in_the_gaps_of_the_same_memory():
+    leaf = torch.randn(B, F * (D + 2))
+    fields = leaf.unflatten(1, (F, D + 2))
+    for column in (D, D + 1):
+        assert column_beside(fields[:, :, :D], fields[:, :, column]) == column
+    assert column_beside(fields[:, :, :D], fields[:, :, 0]) is None
+    assert column_beside(fields[:, :, :D], fields[:, :, D].clone()) is None
+    assert column_beside(fields[:, :, :D], leaf.clone().unflatten(1, (F, D + 2))[:, :, D]) is None
+    assert column_beside(fields[:, :, :D], torch.empty(B, 0)) is None
+
+
+@pytest.mark.parametrize(("num_dense", "linear"), itertools.product((0, N), ("table", "projection", "none")))
+@pytest.mark.parametrize("place", ["beside", "behind a gap", "elsewhere"])
+def test_deepfm_of_padded_rows_is_that_of_their_columns_in_use(num_dense, linear, place):
+    """The gap holds zeros, as the tables' padding does; the gradient of what it pads is then of no concern."""
+    model = DeepFM(num_dense=num_dense, num_fields=F, dim=D, linear=linear, hidden=[4, 3]).double()
+    leaf = torch.randn(B, F, D + 2, dtype=torch.double)
+    column = {"beside": D, "behind a gap": D + 1, "elsewhere": None}[place]
+    leaf[:, :, [c for c in (D, D + 1) if c != column]] = 0
+    leaf.requires_grad_()
+    apart = torch.randn(B, F, dtype=torch.double, requires_grad=True)
+    weights_BF = leaf.new_empty(B, 0) if linear != "table" else apart if column is None else leaf[:, :, column]
+    dense, weights = torch.randn(B, num_dense, dtype=torch.double), torch.randn(B, dtype=torch.double)
+    results = []
+    for embeddings in (leaf[:, :, :D], leaf[:, :, :D].contiguous()):
+        logits = model(dense, embeddings, weights_BF)
+        grads = torch.autograd.grad((logits * weights).sum(), [leaf, apart, *model.parameters()], allow_unused=True)
+        results.append([logits, *grads])
+    assert lie_apart(leaf[:, :, :D])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours is None) == (expected is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, expected)

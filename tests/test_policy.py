@@ -17,7 +17,7 @@ ROOMS = ("trainer", "models", "launch", "benchmarks", "tests")
 # A module imports only modules to its left.
 ORDER = (
     "errors",
-    "heap",
+    "environment",
     "recipe",
     "config",
     "description",

@@ -20,7 +20,10 @@ def some_bags(seed: int, num_bags: int, num_rows: int, longest: int) -> Bags:
     )
     places = rng.integers(0, num_rows, int(lengths.sum())).astype(np.int32)
     bounds = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-    return Bags(torch.from_numpy(places), torch.from_numpy(bounds))
+    owners = np.repeat(np.arange(num_bags), lengths)
+    counts = np.bincount(places, minlength=num_rows)
+    readers = owners[np.argsort(places, kind="stable")].astype(np.int32)
+    return Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, counts.cumsum().astype(np.int32))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

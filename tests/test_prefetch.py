@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,14 @@ def test_items_come_in_order_and_the_end_stays_the_end() -> None:
 def test_items_are_made_on_another_thread() -> None:
     with Prefetcher((threading.current_thread().name for _ in range(2)), 1) as items:
         assert set(items) == {"prefetch"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the process's elsewhere")
+def test_its_thread_stands_back_where_cores_are_few() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with Prefetcher((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) for _ in range(1)), 1) as items:
+        assert list(items) == [min(19, own + 10)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
 
 
 def test_no_more_than_depth_items_wait_and_one_is_in_the_making() -> None:

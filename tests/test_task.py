@@ -127,6 +127,37 @@ def test_columns_and_their_gradients_are_those_of_slices() -> None:
             torch.testing.assert_close(part, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("spans", [[(0, 3), (3, 4)], [(0, 3)], [(0, 3), (3, 5), (5, 6)]])
+def test_gradients_that_lie_as_the_columns_do_become_the_rows_gradient_where_they_are(
+    spans: list[tuple[int, int]],
+) -> None:
+    whole = torch.randn(5, 2, 6)
+    rows = torch.randn(5, 2, 6, requires_grad=True)
+    taken = TakeColumns.apply(rows, 5, spans)
+    given = [whole[:, :, begin:end] for begin, end in spans]
+    expected = whole.clone()
+    expected[:, :, spans[-1][1] :] = 0
+    (gradient,) = torch.autograd.grad(taken, rows, given)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    assert gradient.data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.parametrize("other", ["order", "part", "copy", "wide"])
+def test_gradients_that_lie_otherwise_are_copied_together(other: str) -> None:
+    spans = [(0, 3), (3, 6)]
+    whole = torch.randn(5, 2, 6)
+    given = {
+        "order": [whole[:, :, 3:], whole[:, :, :3]],
+        "part": [torch.randn(6, 2, 6)[1:, :, :3], torch.randn(6, 2, 6)[1:, :, 3:]],
+        "copy": [whole[:, :, :3], whole[:, :, 3:].clone()],
+        "wide": [torch.randn(5, 2, 8)[:, :, :3], torch.randn(5, 2, 8)[:, :, 3:6]],
+    }[other]
+    rows = torch.randn(5, 2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(TakeColumns.apply(rows, 5, spans), rows, given)
+    torch.testing.assert_close(gradient, torch.cat(given, dim=2), rtol=0, atol=0)
+    assert gradient.data_ptr() != whole.data_ptr()
+
+
 # ---------------------------------------------------------------- what the model gets
 
 

@@ -34,13 +34,20 @@ class Bags:
     bounds: Tensor
     """int32 [B * F + 1]: where each bag begins in ``places``."""
 
+    readers: NDArray[np.int32]
+    """int32 [n]: the bags that sum each distinct row, row by row, in their order; stays on the host."""
+
+    reader_ends: NDArray[np.int32]
+    """int32 [U]: where those of each distinct row end in ``readers``; stays on the host."""
+
     def to(self, device: torch.device, *, non_blocking: bool) -> Bags:
         """The same on ``device``."""
-        return Bags(*(part.to(device, non_blocking=non_blocking) for part in (self.places, self.bounds)))
+        places, bounds = (part.to(device, non_blocking=non_blocking) for part in (self.places, self.bounds))
+        return replace(self, places=places, bounds=bounds)
 
     def pin_memory(self) -> Bags:
         """The same in page-locked host memory."""
-        return Bags(self.places.pin_memory(), self.bounds.pin_memory())
+        return replace(self, places=self.places.pin_memory(), bounds=self.bounds.pin_memory())
 
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that ``stream`` still uses them."""

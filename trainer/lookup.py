@@ -30,6 +30,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from trainer import lookup_kernels as kernels
 from trainer.idmap import Deduplicator
+from trainer.kernels import order_by_row
 from trainer.lookup_kernels import Floats
 from trainer.threads import equal_shares, in_parallel, threads_for
 
@@ -157,7 +158,7 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
             part.column,
             self._room_for(len(rows) * part.width),
         )
-        in_parallel(update, equal_shares(counts, threads_for(len(bags.ids)), row_cost=_ROW_COST))
+        in_parallel(update, equal_shares(counts.cumsum(), threads_for(len(bags.ids)), _ROW_COST))
 
     def _room_for(self, num_floats: int) -> Floats:
         """Memory for sums, kept from batch to batch."""
@@ -186,7 +187,7 @@ def _in_order(part: _Part, ids: kernels.Integers, begins: kernels.Integers, batc
     own = begins[part.features.start * batch : part.features.stop * batch + 1]
     num_features = part.features.stop - part.features.start
     ordered, bounds = np.empty(own[-1] - own[0], dtype=np.int64), np.empty(len(own), dtype=np.int32)
-    wrong = kernels.order_by_row(ids, own, num_features, part.rows, ordered, bounds)
+    wrong = order_by_row(ids, own, num_features, part.rows, ordered, bounds)
     if wrong >= 0:
         raise IndexError(f"id {ordered[wrong]} is not a row of a table of {part.rows} rows; map ids before the lookup")
     return _Bags(ordered, bounds)

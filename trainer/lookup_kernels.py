@@ -20,16 +20,14 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from trainer.kernels import Integer, Integers, Slots, compiled
+from trainer.kernels import Integer, Integers, Numbers, Slots, compiled
 
 Floats = NDArray[np.float32]
-Numbers = NDArray[np.int64] | NDArray[np.int32]
 Real: TypeAlias = Any  # a float32, in Python too: a double would make the arithmetic double
 
 _LANES = 4  # floats in one vector
 _LINE = 16  # floats in one cache line
 _AHEAD = 16  # rows between asking for one and using it
-_BLOCK = 8  # ids in one cache line
 
 _FLOAT, _BYTES = ir.FloatType(), 4
 _VECTOR = ir.VectorType(_FLOAT, _LANES)
@@ -141,60 +139,6 @@ _prefetch: Any = intrinsic(_ask)
 
 
 @compiled
-def order_by_row(
-    indices: Numbers, offsets: Integers, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
-) -> Integer:
-    """Copies ids that stand feature by feature so that they stand by row of the batch, then by feature.
-
-    ``offsets``: int64 [F * B + 1], where bag f * B + b begins in ``indices``. ``bounds``: int32 [B * F + 1], where bag
-    b * F + f begins in ``ids``. Returns the place in ``ids`` of an id that is not a row of the table, or -1.
-    """
-    batch = (offsets.size - 1) // num_features
-    bounds[0] = 0
-    if ids.size == offsets.size - 1 and _longest(offsets) == 1:  # as many ids as bags, so none is empty
-        return _order_singles(indices, offsets[0], num_features, num_rows, ids, bounds)
-    wrong, place = -1, 0
-    for b in range(batch):
-        for f in range(num_features):
-            for i in range(offsets[f * batch + b], offsets[f * batch + b + 1]):
-                ids[place] = indices[i]
-                if np.uint64(indices[i]) >= np.uint64(num_rows):
-                    wrong = place
-                place += 1
-            bounds[b * num_features + f + 1] = place
-    return wrong
-
-
-@compiled
-def _longest(offsets: Integers) -> Integer:
-    """Ids in the longest bag."""
-    longest = np.int64(0)
-    for i in range(offsets.size - 1):
-        longest = max(longest, offsets[i + 1] - offsets[i])
-    return longest
-
-
-@compiled
-def _order_singles(
-    indices: Numbers, first: Integer, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
-) -> Integer:
-    """``order_by_row`` where every bag has one id: a transposition, one cache line of ids after the other."""
-    batch = ids.size // num_features
-    wrong = -1
-    for begin in range(0, batch, _BLOCK):
-        end = min(begin + _BLOCK, batch)
-        for f in range(num_features):
-            for b in range(begin, end):
-                id_ = indices[np.uint64(first + f * batch + b)]
-                ids[np.uint64(b * num_features + f)] = id_
-                if np.uint64(id_) >= np.uint64(num_rows):
-                    wrong = b * num_features + f
-    for bag in range(ids.size):
-        bounds[np.uint64(bag + 1)] = bag + 1
-    return wrong
-
-
-@compiled
 def _prefetch_row(table: Floats, begin: Integer, width: Integer) -> None:
     for column in range(np.uint64(0), np.uint64(width), np.uint64(_LINE)):
         _prefetch(table, np.uint64(begin) + column)
@@ -260,6 +204,45 @@ def add_up(
                     for c in range(np.uint64(0), wide, np.uint64(_LANES)):
                         _add(sums, np.uint64(number) * wide + c, gradient, place + c)
             place += wide
+
+
+@compiled
+def find_readers(places: Slots, bounds: Slots, begins: Slots, readers: Slots) -> None:
+    """Writes to ``readers``, int32 [n], the bags that have each distinct row, row by row, in their order.
+
+    ``places``, ``bounds``: the bags' distinct rows, see ``add_up``'s ``inverse``. ``begins``: int32 [m], where the bags
+    of each row are to begin in ``readers``; afterwards, where they end.
+    """
+    for bag in range(bounds.size - 1):
+        for i in range(bounds[np.uint64(bag)], bounds[np.uint64(bag + 1)]):
+            row = np.uint64(places[np.uint64(i)])
+            readers[np.uint64(begins[row])] = bag
+            begins[row] += 1
+
+
+@compiled
+def add_up_readers(
+    gradient: Floats, width: Integer, readers: Slots, ends: Slots, sums: Floats, first: Integer, end: Integer
+) -> None:
+    """Adds up the gradients of the distinct rows ``first`` to ``end`` - 1 in ``sums``, float32 [m * width].
+
+    ``gradient``: float32 [N * width], of the bags. ``readers``, ``ends``: the bags of each row, see ``find_readers``.
+    """
+    wide, last = np.uint64(width), readers.size - 1
+    begin = ends[np.uint64(first - 1)] if first else np.int32(0)
+    for u in range(first, end):
+        sum_, until = np.uint64(u) * wide, ends[np.uint64(u)]
+        for i in range(begin, until):
+            _prefetch_row(gradient, readers[np.uint64(min(i + _AHEAD, last))] * width, width)
+            bag = np.uint64(readers[np.uint64(i)]) * wide
+            for c in range(np.uint64(0), wide, np.uint64(_LANES)):
+                if i == begin:
+                    _copy(sums, sum_ + c, gradient, bag + c)
+                else:
+                    _add(sums, sum_ + c, gradient, bag + c)
+        if begin == until:
+            sums[sum_ : sum_ + wide] = np.float32(0)
+        begin = until
 
 
 SGD, ADAGRAD, ROWWISE_ADAGRAD = range(3)

@@ -21,7 +21,8 @@ from trainer.columns import offsets_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
 from trainer.idmap import Deduplicator, Distinct
-from trainer.lookup_kernels import order_by_row
+from trainer.kernels import order_by_row
+from trainer.lookup_kernels import find_readers
 from trainer.rows import Cursor, RawBatch
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace
 from trainer.vocabulary import COLD, Events, Request, Vocabulary
@@ -269,7 +270,10 @@ def _bags(lengths: NDArray[np.int32], distinct: Distinct) -> Bags:
     places = np.empty(len(distinct.inverse), dtype=np.int32)
     bounds = np.empty(lengths.size + 1, dtype=np.int32)
     order_by_row(distinct.inverse, offsets_of(lengths.reshape(-1)), len(lengths), len(distinct.ids), places, bounds)
-    return Bags(torch.from_numpy(places), torch.from_numpy(bounds))
+    readers, ends = np.empty_like(places), np.zeros(len(distinct.ids), dtype=np.int32)
+    np.cumsum(distinct.counts[:-1], out=ends[1:])
+    find_readers(places, bounds, ends, readers)
+    return Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
 
 
 def _jagged(rows: Mapping[str, Int64s], stride: int) -> KeyedJaggedTensor:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+_NICENESS = 10
+"""How far threads that work ahead stand back: where cores are few, a step of training waits for no one."""
 
 
 class _End:
@@ -76,6 +81,7 @@ class Prefetcher(Generic[T]):
     def _fill(self, source: Iterable[T]) -> None:
         """The thread: ends after the source's last item, its exception, or ``close``."""
         last: _End | _Failure = _End()
+        _stand_back()
         try:
             for item in source:
                 self._items.put(item)
@@ -86,3 +92,10 @@ class Prefetcher(Generic[T]):
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread, whatever it is
             last = _Failure(error)
         self._items.put(last)
+
+
+def _stand_back() -> None:
+    """Have this thread, and those that it starts, run where others leave a core free."""
+    if sys.platform == "linux":  # elsewhere niceness is the process's
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS))

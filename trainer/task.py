@@ -51,6 +51,9 @@ class TakeColumns(torch.autograd.Function):
         known = next((grad for grad in grads if grad is not None), None)
         if known is None:
             return None, None, None
+        if (together_BFP := _together(grads, ctx.shape, ctx.spans)) is not None:
+            together_BFP[:, :, ctx.spans[-1][1] :] = 0
+            return together_BFP, None, None
         out_BFP = known.new_empty(ctx.shape)
         out_BFP[ctx.num_rows :] = 0
         real_BFP = out_BFP[: ctx.num_rows]
@@ -58,6 +61,23 @@ class TakeColumns(torch.autograd.Function):
             real_BFP[:, :, begin:end] = 0 if grad is None else grad
         real_BFP[:, :, ctx.spans[-1][1] :] = 0
         return out_BFP, None, None
+
+
+def _together(grads: Sequence[Tensor | None], shape: torch.Size, spans: Sequence[tuple[int, int]]) -> Tensor | None:
+    """The memory that all gradients share with nothing but gaps, if they lie in it as their columns do in the rows."""
+    known = [grad for grad in grads if grad is not None]
+    strides = (shape[1] * shape[2], shape[2])
+    memory = known[0].untyped_storage()
+    fits = memory.nbytes() == shape.numel() * known[0].element_size() and len(known) == len(grads)
+    lies = fits and all(
+        grad.untyped_storage().data_ptr() == memory.data_ptr()
+        and grad.storage_offset() == begin
+        and grad.shape == (*shape[:2], end - begin)
+        and grad.stride()[:2] == strides
+        and (grad.stride(2) == 1 or end - begin == 1)
+        for grad, (begin, end) in zip(known, spans, strict=True)
+    )
+    return known[0].as_strided(shape, (*strides, 1), 0) if lies and spans[0][0] == 0 else None
 
 
 @dataclass(frozen=True, slots=True)

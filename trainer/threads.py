@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +20,21 @@ def threads_for(num_ids: int) -> int:
     return torch.get_num_threads() if num_ids >= FEWEST_IDS else 1
 
 
-def equal_shares(counts: NDArray[Any], num_threads: int, row_cost: int) -> list[int]:
-    """Where to cut the distinct rows, which come ``counts`` times, so that every thread has the same work.
+def equal_shares(ends: NDArray[np.int32], num_threads: int, row_cost: int = 1) -> list[int]:
+    """Where to cut the distinct rows so that every thread has the same work.
 
-    ``row_cost``: of a distinct row, in units of what each of its places costs.
+    ``ends``: where the places of each row end, if those of one row follow those of the other. ``row_cost``: of a
+    distinct row, in units of what each of its places costs.
 
-    >>> equal_shares(np.array([3, 2, 2, 3]), 2, row_cost=1)
+    >>> equal_shares(np.array([3, 5, 7, 10]), 2)
     [0, 2, 4]
     """
     if num_threads == 1:
-        return [0, len(counts)]
-    work = np.cumsum(counts + row_cost, dtype=np.int64)
-    cuts = np.searchsorted(work, [work[-1] * thread / num_threads for thread in range(1, num_threads)], "right")
-    return [0, *cuts.tolist(), len(counts)]
+        return [0, len(ends)]
+    work = ends + row_cost * np.arange(1, len(ends) + 1)
+    total = work[-1] if len(work) else 0
+    cuts = np.searchsorted(work, [total * thread / num_threads for thread in range(1, num_threads)], "right")
+    return [0, *cuts.tolist(), len(ends)]
 
 
 def in_parallel(work: Callable[[int, int], None], cuts: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""The allocator's settings: a process that lacks them becomes one that has them, once, with the same command line."""
+"""The settings of the environment: a process that lacks them becomes one that has them, once, with the same command line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 from launch import components
-from trainer.heap import SETTINGS
+from trainer.environment import SETTINGS
 
 _SHOW = "import json, os, sys; print(json.dumps([sys.argv, os.getpid(), dict(os.environ)]))"
-_PROGRAM = (
-    f"import os; print(os.getpid()); from trainer.heap import start_with_settings; start_with_settings(); {_SHOW}"
-)
+_START = "from trainer.environment import start_with_settings; start_with_settings()"
+_PROGRAM = f"import os; print(os.getpid()); {_START}; {_SHOW}"
 
 
 def _started(environment: dict[str, str]) -> tuple[list[int], list[str], dict[str, str]]:
