@@ -12,8 +12,8 @@ from torchx import specs
 from torchx.components.dist import ddp, parse_nnodes
 
 # glibc gives large tensors back to the kernel after every step, and the page faults that follow cost more than the
-# arithmetic: on two cores these settings took a step of batch 16384 from 74,000 to 112,000 rows/s. OpenMP's threads keep
-# their cores busy between operators, where others could read and map the next batch.
+# arithmetic: on two cores these settings took a step of batch 16384 from 74,000 to 112,000 rows/s. OpenMP's threads
+# keep their cores busy between operators, where others could read and map the next batch.
 _SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from models import options
 from models.blocks import MLP, MLPOptions
 from models.fields import add_dense, column_beside, gather_weight, split_weight, spread_weight, with_gaps
-from models.fm import pairwise
+from models.fm import pairs_of_rows, pairwise
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
 
@@ -95,13 +95,10 @@ class _Readings(torch.autograd.Function):
         _, num_fields, dim = embeddings_BFD.shape
         rows_BFP = with_gaps(embeddings_BFD)
         rows_BP, weight_HP = rows_BFP.flatten(1), spread_weight(weight_HI, num_fields, rows_BFP.shape[2])
-        sums_BP = rows_BFP.sum(dim=1)
-        gaps_B = torch.linalg.vector_norm(rows_BFP[:, :, dim:], dim=(1, 2))
-        squares_B = torch.linalg.vector_norm(rows_BP, dim=1).square() - gaps_B.square()
+        pairs_B, sums_BP = pairs_of_rows(rows_BFP, dim)
         ctx.save_for_backward(rows_BFP, weight_HP, sums_BP)
         ctx.dim, ctx.column = dim, column
-        weights_B = sums_BP[:, dim if column is None else column].clone()
-        pairs_B = 0.5 * (sums_BP[:, :dim].square().sum(dim=1) - squares_B)
+        weights_B = torch.zeros_like(pairs_B) if linear_BF is None else linear_BF.sum(dim=1)
         return torch.addmm(bias_H, rows_BP, weight_HP.t()), pairs_B, weights_B
 
     @staticmethod

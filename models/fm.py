@@ -13,6 +13,9 @@ from models import options
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
 
+_ROWS_AT_ONCE = 512
+"""Rows whose squares a core's cache holds."""
+
 
 def pairwise(embeddings_BFD: Tensor) -> Tensor:
     """Return ``sum_{i<j} <v_i, v_j>`` of each row, shape [B], in O(F * D).
@@ -27,16 +30,24 @@ def pairwise(embeddings_BFD: Tensor) -> Tensor:
     return pairs_B
 
 
+def pairs_of_rows(rows_BFP: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``pairwise`` of the first ``dim`` columns of each field, [B], and the sum of the fields' columns, [B, P]."""
+    sums_BP, squares_B = rows_BFP.sum(dim=1), rows_BFP.new_empty(len(rows_BFP))
+    at_once = _ROWS_AT_ONCE if rows_BFP.is_cpu else max(1, len(rows_BFP))
+    for rows, squares in zip(rows_BFP.split(at_once), squares_B.split(at_once), strict=True):
+        torch.sum(rows.square().sum(dim=1)[:, :dim], dim=1, out=squares)
+    return 0.5 * (sums_BP[:, :dim].square().sum(dim=1) - squares_B), sums_BP
+
+
 class _Pairwise(torch.autograd.Function):
     """The same with its gradient, ``sum_j v_j - v_i`` for field i, in one pass where autograd takes five."""
 
     @staticmethod
     def forward(ctx: Any, embeddings_BFD: Tensor) -> Tensor:
         """Shape [B]."""
-        sum_BD = embeddings_BFD.sum(dim=1)
-        sum_of_squares_BD = embeddings_BFD.square().sum(dim=1)
+        pairs_B, sum_BD = pairs_of_rows(embeddings_BFD, embeddings_BFD.shape[2])
         ctx.save_for_backward(embeddings_BFD, sum_BD)
-        return 0.5 * (sum_BD.square() - sum_of_squares_BD).sum(dim=1)
+        return pairs_B
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""The settings of the environment: a process that lacks them becomes one that has them, once, with the same command line."""
+"""The environment: a process that lacks a setting becomes one that has it, once, with the same command line."""
 
 from __future__ import annotations
 
