@@ -5,98 +5,22 @@ from __future__ import annotations
 import threading
 from functools import reduce
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.bags import ROWS, Case, case_of, in_order, single, uneven
 from trainer import lookup_kernels as kernels
 from trainer.idmap import deduplicate
-from trainer.kernels import order_by_row
 
 Array = NDArray[np.float32]
-ROWS = 50
 RATE, EPS, NO_DECAY = np.float32(0.1), np.float32(1e-6), np.float32(0)
 FORMULAS = {"sgd": kernels.SGD, "adagrad": kernels.ADAGRAD, "rowwise": kernels.ROWWISE_ADAGRAD}
 
 
-class Case(NamedTuple):
-    """Bags of one table's features, as they come and by row of the batch."""
-
-    indices: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    lists: list[list[int]]
-    """Ids of bag b * F + f."""
-
-    batch: int
-    num_features: int
-
-
-def case_of(lengths: list[list[int]], seed: int = 0, before: int = 0, below: int = ROWS) -> Case:
-    """``lengths[f][b]``; other features' ids ``before`` them."""
-    rng = np.random.default_rng(seed)
-    flat = np.array(lengths, dtype=np.int64).reshape(-1)
-    offsets = before + np.concatenate([[0], np.cumsum(flat)]).astype(np.int64)
-    indices = rng.integers(0, below, before + flat.sum())
-    num_features, batch = len(lengths), len(lengths[0])
-    bags = [indices[begin:end].tolist() for begin, end in pairwise(offsets)]
-    lists = [bags[f * batch + b] for b in range(batch) for f in range(num_features)]
-    return Case(indices, offsets, lists, batch, num_features)
-
-
-def in_order(case: Case, num_rows: int = ROWS) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
-    ids = np.full(case.offsets[-1] - case.offsets[0], -7, dtype=np.int64)
-    bounds = np.full(len(case.offsets), -7, dtype=np.int32)
-    wrong = order_by_row(case.indices, case.offsets, case.num_features, num_rows, ids, bounds)
-    return ids, bounds, wrong
-
-
-def uneven(batch: int = 5, num_features: int = 3, seed: int = 1) -> Case:
-    """Bags of 0 to 3 ids; in the first row of the batch all are empty."""
-    lengths = np.random.default_rng(seed).integers(0, 4, (num_features, batch))
-    lengths[:, 0] = 0
-    return case_of(lengths.tolist(), seed, before=4)
-
-
-def single(batch: int = 21, num_features: int = 3) -> Case:
-    return case_of([[1] * batch] * num_features, before=6)
-
-
 CASES = {"single": single(), "uneven": uneven(), "one feature": case_of([[1, 1, 2]]), "empty": case_of([[0, 0]] * 2)}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 4).flatmap(lambda b: st.lists(st.lists(st.integers(0, 3), min_size=b, max_size=b), min_size=1)))
-def test_ids_stand_by_row_of_the_batch_and_then_by_feature(lengths: list[list[int]]) -> None:
-    case = case_of(lengths, before=3)
-    ids, bounds, wrong = in_order(case)
-    assert [ids[begin:end].tolist() for begin, end in pairwise(bounds)] == case.lists
-    assert (bounds[0], wrong) == (0, -1)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 8, 9, 40])
-def test_bags_of_one_id_are_ordered_as_others_are(batch: int) -> None:
-    case = single(batch, 5)
-    ids, bounds, wrong = in_order(case)
-    assert ids.tolist() == [id_ for bag in case.lists for id_ in bag]
-    assert bounds.tolist() == list(range(5 * batch + 1))
-    assert wrong == -1
-
-
-@pytest.mark.parametrize("id_", [ROWS, -1, -(1 << 63), (1 << 63) - 1])
-@pytest.mark.parametrize("case", [single(), uneven()], ids=["single", "uneven"])
-def test_an_id_that_is_no_row_is_found(case: Case, id_: int) -> None:
-    indices = case.indices.copy()
-    indices[case.offsets[0] + 2] = id_
-    ids, _, wrong = in_order(case._replace(indices=indices))
-    assert ids[wrong] == id_
-    indices[case.offsets[0] + 2] = ROWS - 1
-    indices[0] = id_  # another feature's
-    assert in_order(case._replace(indices=indices))[2] == -1
 
 
 def random(*shape: int, seed: int = 0) -> Array:

@@ -1,4 +1,4 @@
-"""Compiled loops over ids: their order, the index, deduplication, the count sketch; owns no memory and no policy.
+"""Compiled loops over plain arrays: the id index, deduplication and the count sketch; owns no memory and no policy.
 
 The index is a hash table with open addressing and linear probing (Knuth, TAOCP vol. 3, section 6.4, algorithm L). A
 bucket is one uint64: its upper half is the id's print, the upper half of ``mix64(id)``; its lower half is slot + 1; 0
@@ -26,7 +26,6 @@ Integer: TypeAlias = Any  # Python's int outside and a machine integer inside: o
 Integers = NDArray[np.int64]
 Slots = NDArray[np.int32]
 Buckets = NDArray[np.uint64]
-Numbers = NDArray[np.int64] | NDArray[np.int32]
 Flags = NDArray[np.bool_]
 Counts = NDArray[np.uint32]
 
@@ -35,10 +34,11 @@ IN_USE, HIGH_WATER, LOWEST, ORIGIN, MOVED = range(5)
 one is below; the first home of ``elder`` that moves; how many homes have moved."""
 
 _BLOCK = 512  # ids whose cache misses overlap; what is kept of them stays in the first-level cache
-_LINE = 8  # ids in one cache line
 _MOVES_PER_ID = 8  # buckets of elder that move for each new id: elder is empty before its load has come to 0.83
 
 _MIX_1, _MIX_2, _MIX_3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_PART_BITS = 10
+_PART = np.uint64(64 - _PART_BITS)
 _0, _1, _27, _30, _31, _32 = (np.uint64(number) for number in (0, 1, 27, 30, 31, 32))
 _LOWER = np.uint64(0xFFFFFFFF)
 _FULL = 0xFFFFFFFF  # the most that a cell of a sketch can count
@@ -237,14 +237,29 @@ def assign(
 
 @compiled
 def enter(table: Buckets, ids: Integers, used: Flags) -> Integer:
-    """Enters every used slot of ``ids`` into an empty table; returns a slot whose id an earlier one has, or -1."""
+    """Enters every used slot of ``ids`` into an empty table; returns a slot whose id an earlier one has, or -1.
+
+    In the order of their homes, as far as the upper bits of the prints give it: then a cache holds what comes next.
+    """
+    ends = np.zeros(1 << _PART_BITS, np.int64)
     for slot in range(used.size):
         if used[slot]:
-            print_ = mix64(ids[slot]) >> _32
-            place = _search(table, ids, ids[slot], print_)
-            if place >= 0:
+            ends[mix64(ids[slot]) >> _PART] += 1
+    ends = ends.cumsum()
+    buckets = np.empty(ends[-1], np.uint64)
+    for slot in range(used.size - 1, -1, -1):
+        if used[slot]:
+            mixed = mix64(ids[slot])
+            ends[mixed >> _PART] -= 1
+            buckets[ends[mixed >> _PART]] = (mixed & ~_LOWER) | np.uint64(slot + 1)
+    for bucket in buckets:
+        slot = np.int64(bucket & _LOWER) - 1
+        place = _home(table.size, bucket >> _32)
+        while table[place] != _0:
+            if table[place] >> _32 == bucket >> _32 and ids[np.int64(table[place] & _LOWER) - 1] == ids[slot]:
                 return slot
-            table[-1 - place] = (print_ << _32) | np.uint64(slot + 1)
+            place = _after(table, place)
+        table[place] = bucket
     return -1
 
 
@@ -311,60 +326,6 @@ def deduplicate(ids: Integers, table: Slots, distinct: Integers, inverse: Slots,
         counts[number] += 1
         inverse[i] = number
     return num_distinct
-
-
-@compiled
-def order_by_row(
-    indices: Numbers, offsets: Integers, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
-) -> Integer:
-    """Copies ids that stand feature by feature so that they stand by row of the batch, then by feature.
-
-    ``offsets``: int64 [F * B + 1], where bag f * B + b begins in ``indices``. ``bounds``: int32 [B * F + 1], where bag
-    b * F + f begins in ``ids``. Returns the place in ``ids`` of an id that is not a row of the table, or -1.
-    """
-    batch = (offsets.size - 1) // num_features
-    bounds[0] = 0
-    if ids.size == offsets.size - 1 and _longest(offsets) == 1:  # as many ids as bags, so none is empty
-        return _order_singles(indices, offsets[0], num_features, num_rows, ids, bounds)
-    wrong, place = -1, 0
-    for b in range(batch):
-        for f in range(num_features):
-            for i in range(offsets[f * batch + b], offsets[f * batch + b + 1]):
-                ids[place] = indices[i]
-                if np.uint64(indices[i]) >= np.uint64(num_rows):
-                    wrong = place
-                place += 1
-            bounds[b * num_features + f + 1] = place
-    return wrong
-
-
-@compiled
-def _longest(offsets: Integers) -> Integer:
-    """Ids in the longest bag."""
-    longest = np.int64(0)
-    for i in range(offsets.size - 1):
-        longest = max(longest, offsets[i + 1] - offsets[i])
-    return longest
-
-
-@compiled
-def _order_singles(
-    indices: Numbers, first: Integer, num_features: Integer, num_rows: Integer, ids: Numbers, bounds: Slots
-) -> Integer:
-    """``order_by_row`` where every bag has one id: a transposition, one cache line of ids after the other."""
-    batch = ids.size // num_features
-    wrong = -1
-    for begin in range(0, batch, _LINE):
-        end = min(begin + _LINE, batch)
-        for f in range(num_features):
-            for b in range(begin, end):
-                id_ = indices[np.uint64(first + f * batch + b)]
-                ids[np.uint64(b * num_features + f)] = id_
-                if np.uint64(id_) >= np.uint64(num_rows):
-                    wrong = b * num_features + f
-    for bag in range(ids.size):
-        bounds[np.uint64(bag + 1)] = bag + 1
-    return wrong
 
 
 @compiled

@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from trainer import lookup_kernels as kernels
+from trainer.bag_kernels import order_by_row
 from trainer.idmap import Deduplicator
-from trainer.kernels import order_by_row
 from trainer.lookup_kernels import Floats
 from trainer.threads import equal_shares, in_parallel, threads_for
 

@@ -20,7 +20,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from trainer.kernels import Integer, Integers, Numbers, Slots, compiled
+from trainer.bag_kernels import Numbers
+from trainer.kernels import Integer, Integers, Slots, compiled
 
 Floats = NDArray[np.float32]
 Real: TypeAlias = Any  # a float32, in Python too: a double would make the arithmetic double
@@ -204,20 +205,6 @@ def add_up(
                     for c in range(np.uint64(0), wide, np.uint64(_LANES)):
                         _add(sums, np.uint64(number) * wide + c, gradient, place + c)
             place += wide
-
-
-@compiled
-def find_readers(places: Slots, bounds: Slots, begins: Slots, readers: Slots) -> None:
-    """Writes to ``readers``, int32 [n], the bags that have each distinct row, row by row, in their order.
-
-    ``places``, ``bounds``: the bags' distinct rows, see ``add_up``'s ``inverse``. ``begins``: int32 [m], where the bags
-    of each row are to begin in ``readers``; afterwards, where they end.
-    """
-    for bag in range(bounds.size - 1):
-        for i in range(bounds[np.uint64(bag)], bounds[np.uint64(bag + 1)]):
-            row = np.uint64(places[np.uint64(i)])
-            readers[np.uint64(begins[row])] = bag
-            begins[row] += 1
 
 
 @compiled

@@ -16,13 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from trainer.bag_kernels import find_readers, order_by_row
 from trainer.batch import Bags, Batch, Fresh
 from trainer.columns import offsets_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
 from trainer.idmap import Deduplicator, Distinct
-from trainer.kernels import order_by_row
-from trainer.lookup_kernels import find_readers
 from trainer.rows import Cursor, RawBatch
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace
 from trainer.vocabulary import COLD, Events, Request, Vocabulary
