@@ -155,7 +155,7 @@ def _batches(mapper: Mapper, rows: int) -> Iterator[Batch]:
             global_rows=BATCH,
             cursor=Cursor(0, step),
         )
-        yield mapper.answer(raw, mapper.ask(raw), 0)
+        yield mapper.map(raw)
 
 
 def _now(world: World) -> float:

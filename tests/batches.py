@@ -110,7 +110,7 @@ def spaces_in(physical: Sequence[PhysicalTable]) -> Spaces:
 def map_once(spaces: Spaces, features: Sequence[str], raw: RawBatch, *, learns: bool = True) -> Batch:
     """The batch that one rank maps, without making room first."""
     mapper = Mapper(spaces, features, lambda number: f"row {number}", Exchange(0, 1), learns=learns)
-    return mapper.answer(raw, mapper.ask(raw), seconds=raw.now)
+    return mapper.map(raw)
 
 
 def row_of(space: IdSpace, raw: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from trainer.errors import DataError
 from trainer.exchange import Exchange
 from trainer.feed import Feed
+from trainer.mapping import Needs
 
 ALONE = Exchange(0, 1)
 TABLE = "embedding.t.weight"
@@ -49,10 +50,10 @@ class Recorder:
         if raw.wrong:
             raise DataError(raw.wrong)
         needed = raw.needs if ("evict", raw.number) not in self.calls else 0
-        return [SimpleNamespace(needed=needed, ids_seen=raw.number, num_distinct=10 * raw.number, item=raw)]
+        return [SimpleNamespace(numbers=lambda: (needed, raw.number, 10 * raw.number, 0), item=raw)]
 
-    def answer(self, raw: Item, questions: list[Any], seconds: int, num_distinct: list[int]) -> int:
-        self.calls.append(("answer", raw.number, seconds, *num_distinct))
+    def answer(self, raw: Item, questions: list[Any], needs: Needs) -> int:
+        self.calls.append(("answer", raw.number, needs.seconds, *needs.num_distinct))
         return raw.number
 
     def evict(self, questions: list[Any]) -> None:

@@ -51,8 +51,9 @@ def test_alone_a_rank_asks_itself(number: int) -> None:
     np.testing.assert_array_equal(found["columns"], np.stack([ids, counts_of(0, number)], axis=1))
     np.testing.assert_array_equal(found["answers"], answer_to(ids))
     assert exchange.highest([3, -(2**63), 2**63 - 1]) == [3, -(2**63), 2**63 - 1]
+    assert exchange.gather([3, -(2**63)]).tolist() == [[3, -(2**63)]]
     assert exchange.gather_objects("x") == ["x"]
-    np.testing.assert_array_equal(exchange.to_all(found["columns"]), found["columns"])
+    np.testing.assert_array_equal(exchange.to_all(found["columns"], [number]), found["columns"])
     exchange.close()
 
 
@@ -64,7 +65,8 @@ def on_each_rank() -> dict[str, Any]:
         exchange, second = Exchange(world.rank, 2), Exchange(world.rank, 2)
         found = {
             "trips": [round_trip(exchange, sizes[world.rank]) for sizes in SIZES],
-            "all": [exchange.to_all(columns_of(world, sizes)) for sizes in SIZES],
+            "all": [exchange.to_all(columns_of(world, sizes), sizes) for sizes in SIZES],
+            "gathered": exchange.gather([world.rank, -(2**63) + world.rank, 2**63 - 1]).tolist(),
             "highest": exchange.highest([world.rank, -world.rank, 2**63 - 1 - world.rank, -(2**63) + world.rank]),
             "nothing": exchange.highest([]),
             "objects": exchange.gather_objects({"rank": world.rank} if world.rank else None),
@@ -119,6 +121,7 @@ def test_what_goes_to_all_is_the_same_everywhere_one_rank_after_the_other(
 def test_maxima_are_exact_and_the_same_everywhere(ranks: list[dict[str, Any]]) -> None:
     assert [rank["highest"] for rank in ranks] == [[1, 0, 2**63 - 1, -(2**63) + 1]] * 2
     assert [rank["nothing"] for rank in ranks] == [[]] * 2
+    assert [rank["gathered"] for rank in ranks] == [[[0, -(2**63), 2**63 - 1], [1, -(2**63) + 1, 2**63 - 1]]] * 2
     assert [rank["objects"] for rank in ranks] == [[None, {"rank": 1}]] * 2
 
 

@@ -181,7 +181,7 @@ def train(state: TrainState, steps: int = 6) -> list[growth.Growth]:
                 growths.append(grow(state, space.name, question.needed))
         questions = mapper.ask(raw)
         mapper.note_ids_seen([question.ids_seen for question in questions])
-        step(state, mapper.answer(raw, questions, 0))
+        step(state, mapper.map(raw))
     return growths
 
 

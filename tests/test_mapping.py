@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from tests.batches import (
 from tests.distributed.ranks import run_ranks
 from trainer.errors import DataError
 from trainer.exchange import Exchange
-from trainer.mapping import Mapper
+from trainer.mapping import Mapper, agree
 from trainer.rows import Cursor
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace, owners_of
 from trainer.world import join_world
@@ -100,8 +100,10 @@ def test_what_the_mapper_computes_ahead_is_what_torchrec_computes(case: str) -> 
         raw_batch(random_ids(1, FEATURES, 8, 6, below=40), 6),
     )
     questions = mapper.ask(raw)
-    most = [question.num_distinct + number for number, question in enumerate(questions)]
-    given = mapper.answer(raw, questions, 0, most).sparse["together"]
+    needs = agree(Exchange(0, 1), questions, len(questions), raw.now)
+    assert needs is not None
+    most = [number_of_ids + number for number, number_of_ids in enumerate(needs.num_distinct)]
+    given = mapper.answer(raw, questions, replace(needs, num_distinct=most)).sparse["together"]
     own = KeyedJaggedTensor(keys=given.keys(), values=given.values(), lengths=given.lengths())
     assert given.stride() == own.stride() == max(most)
     assert given.length_per_key() == own.length_per_key()
@@ -259,7 +261,7 @@ def test_a_question_changes_nothing_so_it_can_be_asked_again_after_a_growth() ->
     (first,), (second,) = mapper.ask(raw), mapper.ask(raw)
     assert first.needed == second.needed == FIRST_SLOT + 5
     spaces.grow("embedding.x.weight", 100)
-    batch = mapper.answer(raw, mapper.ask(raw), 0)
+    batch = mapper.map(raw)
     assert flat_rows(batch) == [1, 2, 3, 4, 5, 1]
 
 
@@ -268,14 +270,13 @@ def test_evicting_makes_room_for_what_was_asked() -> None:
     mapper = Mapper(spaces, "ab", str, Exchange(0, 1), learns=True)
     for step, ids in enumerate([[1, 2], [3], [1], [4]]):
         raw = raw_batch({"a": [ids], "b": [[]]}, cursor=Cursor(0, step))
-        mapper.answer(raw, mapper.ask(raw), 0)
+        mapper.map(raw)
     raw = raw_batch({"a": [[2, 5]], "b": [[]]}, cursor=Cursor(0, 9))
     questions = mapper.ask(raw)
     assert questions[0].needed == FIRST_SLOT + 5
     mapper.evict(questions)
-    questions = mapper.ask(raw)
-    assert questions[0].needed == FIRST_SLOT + 4
-    batch = mapper.answer(raw, questions, 0)
+    assert mapper.ask(raw)[0].needed == FIRST_SLOT + 4
+    batch = mapper.map(raw)
     assert flat_rows(batch) == [2, 1]  # 3 and 1, the oldest but for 2, went
     assert batch.fresh[0].ids.tolist() == [5]
 
@@ -284,8 +285,8 @@ def test_evicting_makes_room_for_what_was_asked() -> None:
 def test_the_clock_is_the_step_or_the_time_of_the_data(unit: str, last_seen: int) -> None:
     spaces = in_use(exact(expire_after=5, expire_unit=unit))
     mapper = Mapper(spaces, "ab", str, Exchange(0, 1), learns=True)
-    raw = raw_batch({"a": [[1]], "b": [[2]]}, cursor=Cursor(2, 7))
-    mapper.answer(raw, mapper.ask(raw), seconds=12345)
+    raw = replace(raw_batch({"a": [[1]], "b": [[2]]}, cursor=Cursor(2, 7)), now=12345)
+    mapper.map(raw)
     vocabulary = spaces.spaces["embedding.x.weight"].vocabulary
     assert vocabulary is not None
     assert vocabulary.now == last_seen
@@ -318,7 +319,7 @@ def map_on_each_rank() -> dict[str, Any]:
             mapper = Mapper(spaces, "ab", str, exchange, learns=True)
             for ids in global_batches():
                 raw = raw_batch(ids[world.rank], 5 - world.rank)
-                batch = mapper.answer(raw, mapper.ask(raw), 0)
+                batch = mapper.map(raw)
                 rows = rows_of(batch)["embedding.x.weight"]
                 (fresh,) = batch.fresh
                 found["everywhere" if everywhere else "steps"].append(
@@ -327,7 +328,7 @@ def map_on_each_rank() -> dict[str, Any]:
             vocabulary = spaces.spaces["embedding.x.weight"].vocabulary
             scorer = Mapper(spaces, "ab", str, exchange, learns=False)
             raw = raw_batch({"a": [[10**6], [3]], "b": [[10**6 + world.rank], []]})
-            batch = scorer.answer(raw, scorer.ask(raw), 0)
+            batch = scorer.map(raw)
             found["scored"] = rows_of(batch)["embedding.x.weight"]
             found["unknown"] = spaces.spaces["embedding.x.weight"].unknown.unknown
             found["known"] = vocabulary is not None and vocabulary.state()

@@ -80,7 +80,7 @@ def train(state: TrainState) -> None:
     for ids, labels in batches():
         raw = raw_batch(ids, labels=labels.astype(np.float32))
         state.optimizer.zero_grad()
-        batch = mapper.answer(raw, mapper.ask(raw), 0)
+        batch = mapper.map(raw)
         state.model(batch.to(state.world.device))[0].backward()
         state.optimizer.step()
 

@@ -57,6 +57,15 @@ class Exchange:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._group)
         return [int(value) for value in highest.tolist()]
 
+    def gather(self, values: Sequence[int]) -> Int64s:
+        """Every rank's values, as many on each: [ranks, n]."""
+        own = np.array([values], dtype=np.int64)
+        if self._group is None:
+            return own
+        everyone = torch.empty((self.world_size, len(values)), dtype=torch.int64)
+        dist.all_gather_into_tensor(everyone, torch.from_numpy(own), group=self._group)
+        return everyone.numpy()
+
     def gather_objects(self, value: object) -> list[object]:
         """Every rank's value, in the order of ranks; for what is rare."""
         if self._group is None:
@@ -71,7 +80,7 @@ class Exchange:
         if self._group is None:
             return Received(columns, [len(ids)], [len(ids)], np.arange(len(ids)))
         owners = owners_of(ids, self.world_size)
-        order = np.argsort(owners, kind="stable")
+        order = np.argsort(owners.astype(np.uint16), kind="stable")  # of 16 bits, numpy sorts by radix
         to_ranks = np.bincount(owners, minlength=self.world_size).tolist()
         from_ranks = self._swap(np.array(to_ranks, dtype=np.int64), [1] * self.world_size, [1] * self.world_size)
         sizes = [int(size) for size in from_ranks]
@@ -86,12 +95,10 @@ class Exchange:
         in_order[received.order] = arrived
         return in_order
 
-    def to_all(self, columns: Int64s) -> Int64s:
-        """Rows [n, c] of all ranks, one rank's after the other's."""
-        if self._group is None:
+    def to_all(self, columns: Int64s, sizes: Sequence[int]) -> Int64s:
+        """Rows [n, c] of all ranks, one rank's after the other's; ``sizes``: how many each rank has."""
+        if self._group is None or not any(sizes):
             return columns
-        ones = [1] * self.world_size
-        sizes = self._swap(np.full(self.world_size, len(columns), dtype=np.int64), ones, ones).tolist()
         everyone = np.concatenate([columns] * self.world_size)
         return self._swap(everyone, [len(columns)] * self.world_size, sizes)
 

@@ -12,13 +12,13 @@ import queue
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from types import TracebackType
 
 from trainer.batch import Batch
 from trainer.errors import DataError, UserError
 from trainer.exchange import Exchange
-from trainer.mapping import Mapper, Question
+from trainer.mapping import Mapper, Needs, Question, agree
 from trainer.prefetch import Prefetcher
 from trainer.rows import RawBatch
 
@@ -66,8 +66,6 @@ class Feed:
         self.pause: Pause | None = None
         """Why the last iterator ended early, if it did."""
         self._mapper, self._exchange, self._wants_stop = mapper, exchange, wants_stop
-        self._seconds = 0
-        self._num_distinct: list[int] = []
         self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._raw = Prefetcher(raw, depth, "read")
@@ -113,12 +111,12 @@ class Feed:
         with suppress(_Left):
             try:
                 while (raw := self._next_raw()) is not None:
-                    questions = self._ask(raw)
-                    while pause := self._too_small(raw, questions):
+                    questions, needs = self._ask(raw)
+                    while pause := self._too_small(needs):
                         yield pause
                         self._make_room(questions)
-                        questions = self._ask(raw)
-                    yield self._mapper.answer(raw, questions, self._seconds, self._num_distinct)
+                        questions, needs = self._ask(raw)
+                    yield self._mapper.answer(raw, questions, needs)
             except GeneratorExit:  # left with batches that were allowed and not taken
                 self._meet(leaves=True)
 
@@ -141,33 +139,30 @@ class Feed:
         except UserError as failure:
             return None, failure
 
-    def _ask(self, raw: RawBatch) -> list[Question]:
-        """What the batch needs, in a form that all ranks have agreed on."""
+    def _ask(self, raw: RawBatch) -> tuple[list[Question], Needs]:
+        """What the batch needs, here and on all ranks."""
         questions, failure = None, None
         try:
             questions = self._mapper.ask(raw)
         except DataError as error:
             failure = error
-        if self._agree(failure is not None)[0] or questions is None:
+        needs = agree(self._exchange, questions, len(self._mapper.states), raw.now)
+        if needs is None or questions is None:
             raise self._first(failure)
-        return questions
+        return questions, needs
 
-    def _too_small(self, raw: RawBatch, questions: list[Question]) -> Pause | None:
+    def _too_small(self, needs: Needs) -> Pause | None:
         """The stripes that all ranks together need, where they are more than there are."""
-        states = self._mapper.states
-        asked = [(question.needed, question.ids_seen, question.num_distinct) for question in questions]
-        *highest, self._seconds = self._exchange.highest([*chain.from_iterable(asked), raw.now])
-        stripes, ids_seen, self._num_distinct = highest[0::3], highest[1::3], highest[2::3]
-        needed = {
+        if not self._mapper.learns:
+            return None
+        stripes = {
             state.name: need
-            for state, need in zip(states, stripes, strict=True)
-            if self._mapper.learns and need > state.space.stripe
+            for state, need in zip(self._mapper.states, needs.stripes, strict=True)
+            if need > state.space.stripe
         }
-        if needed:
-            return Pause(needed)
-        if self._mapper.learns:
-            self._mapper.note_ids_seen(ids_seen)
-        return None
+        if not stripes:
+            self._mapper.note_ids_seen(needs.ids_seen)
+        return Pause(stripes) if stripes else None
 
     def _make_room(self, questions: list[Question]) -> None:
         evict = self._replies.get()

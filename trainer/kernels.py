@@ -253,11 +253,11 @@ def enter(table: Buckets, ids: Integers, used: Flags) -> Integer:
             ends[mixed >> _PART] -= 1
             buckets[ends[mixed >> _PART]] = (mixed & ~_LOWER) | np.uint64(slot + 1)
     for bucket in buckets:
-        slot = np.int64(bucket & _LOWER) - 1
+        own: Integer = np.int64(bucket & _LOWER) - 1
         place = _home(table.size, bucket >> _32)
         while table[place] != _0:
-            if table[place] >> _32 == bucket >> _32 and ids[np.int64(table[place] & _LOWER) - 1] == ids[slot]:
-                return slot
+            if table[place] >> _32 == bucket >> _32 and ids[np.int64(table[place] & _LOWER) - 1] == ids[own]:
+                return own
             place = _after(table, place)
         table[place] = bucket
     return -1

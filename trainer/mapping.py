@@ -77,10 +77,46 @@ class Question:
     ids_seen: int = 0
     """For ``identity`` spaces in training: one past the highest id of the batch on this rank."""
 
-    @property
-    def num_distinct(self) -> int:
-        """Distinct ids of the batch on this rank."""
-        return len(self.distinct.ids)
+    def numbers(self) -> tuple[int, int, int, int]:
+        """What ``Needs`` is made of."""
+        num_new = 0 if self.request is None else len(self.request.admitted)
+        return self.needed, self.ids_seen, len(self.distinct.ids), num_new
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a batch needs on all ranks; by space, in the order of the mapper's, but for ``seconds``."""
+
+    stripes: list[int]
+    """The stripe that it needs at least."""
+
+    ids_seen: list[int]
+    """For ``identity`` spaces: one past its highest id."""
+
+    num_distinct: list[int]
+    """The most distinct ids that a rank has."""
+
+    num_new: list[list[int]]
+    """How many ids of each owner get a slot now."""
+
+    seconds: int
+    """The latest ``data.timestamp`` of its rows."""
+
+
+def agree(exchange: Exchange, questions: Sequence[Question] | None, num_spaces: int, now: int) -> Needs | None:
+    """What all ranks need together; None if one has no questions, because its batch is wrong. Collective.
+
+    ``now``: the latest ``data.timestamp`` of this rank's rows.
+    """
+    own = np.zeros((num_spaces, 4), dtype=np.int64)
+    if questions is not None:
+        own[:] = [question.numbers() for question in questions]
+    everyone = exchange.gather([questions is None, now, *own.flat])
+    if everyone[:, 0].any():
+        return None
+    numbers = everyone[:, 2:].reshape(-1, *own.shape)
+    stripes, ids_seen, num_distinct, _ = numbers.max(axis=0).T.tolist()
+    return Needs(stripes, ids_seen, num_distinct, numbers[:, :, 3].T.tolist(), int(everyone[:, 1].max()))
 
 
 class Tables(Protocol):
@@ -127,6 +163,14 @@ class Mapper:
             DataError: an id does not fit its table; the message has feature, table, id and row.
         """
         return [self._ask(state, numbers, raw) for state, numbers in zip(self.states, self._numbers, strict=True)]
+
+    def map(self, raw: RawBatch) -> Batch:
+        """The batch of row indices, where the tables have room for it. Collective where a space is ``exact``."""
+        questions = self.ask(raw)
+        needs = agree(self._exchange, questions, len(self.states), raw.now)
+        if needs is None:
+            raise RuntimeError("another rank has no questions, and this one has")
+        return self.answer(raw, questions, needs)
 
     def _ask(self, state: SpaceState, numbers: list[int], raw: RawBatch) -> Question:
         ids = _ids_of(raw, numbers)
@@ -192,27 +236,20 @@ class Mapper:
             if state.vocabulary is not None and question.request is not None and question.needed > state.space.stripe:
                 state.vocabulary.evict(question.request, state.space.stripe)
 
-    def answer(
-        self, raw: RawBatch, questions: Sequence[Question], seconds: int, num_distinct: Sequence[int] | None = None
-    ) -> Batch:
-        """The batch of row indices. Collective where a space is ``exact``.
-
-        ``seconds``: the latest ``data.timestamp`` of the batch's rows on any rank. ``num_distinct``: for each space,
-        the most distinct ids that any rank has of it; without it, this rank's.
-        """
+    def answer(self, raw: RawBatch, questions: Sequence[Question], needs: Needs) -> Batch:
+        """The batch of row indices. Collective where a space is ``exact``; ``needs``: what ``agree`` returned."""
         rows, bags, fresh = {}, {}, []
-        now = {"steps": self._tables.step_after(raw.cursor), "seconds": seconds}
-        for state, numbers, question in zip(self.states, self._numbers, questions, strict=True):
+        now = {"steps": self._tables.step_after(raw.cursor), "seconds": needs.seconds}
+        for state, numbers, question, num_new in zip(self.states, self._numbers, questions, needs.num_new, strict=True):
             if question.request is None:
                 rows[state.name] = self._formula_rows(state, question.distinct)
             else:
                 rows[state.name], new = self._given_rows(
-                    state, question, question.request, now[state.space.rules.expire_unit]
+                    state, question, question.request, now[state.space.rules.expire_unit], num_new
                 )
                 fresh += [new] if new is not None else []
             bags[state.name] = _bags(raw.lengths[numbers], question.distinct)
-        most = [len(each) for each in rows.values()] if num_distinct is None else num_distinct
-        room = dict(zip(rows, most, strict=True))
+        room = dict(zip(rows, needs.num_distinct, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),
             sparse={
@@ -239,7 +276,7 @@ class Mapper:
         return np.where(known, space.rows_of(ids), COLD_ROW)
 
     def _given_rows(
-        self, state: SpaceState, question: Question, request: Request, now: int
+        self, state: SpaceState, question: Question, request: Request, now: int, num_new: Sequence[int]
     ) -> tuple[Int64s, Fresh | None]:
         """Rows of the batch's distinct ids, and the rows that need first values on this rank."""
         vocabulary, received, fresh = state.vocabulary, question.received, None
@@ -249,18 +286,18 @@ class Mapper:
         if self.learns:
             given = vocabulary.commit(request, now)
             slots = given.slots
-            fresh = self._fresh(state, slots[given.new], request.ids[given.new])
+            fresh = self._fresh(state, slots[given.new], request.ids[given.new], num_new)
         else:
             state.unknown.unknown += int(request.counts[slots == COLD].sum())
         answers = self._exchange.to_askers(received, slots if question.merged is None else slots[question.merged])
         owners = _owners_of_answers(received)
         return np.where(answers == COLD, COLD_ROW, owners * state.space.stripe + answers), fresh
 
-    def _fresh(self, state: SpaceState, slots: Int64s, ids: Int64s) -> Fresh:
+    def _fresh(self, state: SpaceState, slots: Int64s, ids: Int64s, num_new: Sequence[int]) -> Fresh:
         rank = self._exchange.rank
         columns = np.stack([rank * state.space.stripe + slots, ids], axis=1)
         if state.holders_everywhere:
-            columns = self._exchange.to_all(columns)
+            columns = self._exchange.to_all(columns, num_new)
         return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
 
 
