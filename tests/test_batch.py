@@ -26,7 +26,9 @@ def batch() -> Batch:
 
 
 class Recorder:
-    """Stands for a tensor and writes down what is asked of it."""
+    """Stands for a tensor of the host and writes down what is asked of it."""
+
+    is_cuda = False
 
     def __init__(self, name: str, calls: list[tuple[Any, ...]]) -> None:
         self.name, self.calls = name, calls
@@ -83,10 +85,19 @@ def parts(batch: Any) -> list[Any]:
 
 def test_every_tensor_moves_without_blocking_if_asked() -> None:
     moving, calls = recorded()
-    moved = moving.to("there", non_blocking=True)
+    there = torch.device("meta")
+    moved = moving.to(there, non_blocking=True)
     names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
-    assert calls == [(name, "to", "there", True) for name in names]
+    assert calls == [(name, "to", there, True) for name in names]
     assert [part.name for part in parts(moved)] == [f"moved {name}" for name in names]
+
+
+def test_every_tensor_is_pinned_on_its_way_to_a_gpu_as_the_copy_would_block_otherwise() -> None:
+    moving, calls = recorded()
+    gpu = torch.device("cuda", 0)
+    moving.to(gpu, non_blocking=True)
+    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
+    assert calls == [(f"pinned {name}", "to", gpu, True) for name in names]
 
 
 def test_every_tensor_is_pinned_and_its_stream_recorded() -> None:

@@ -277,7 +277,7 @@ def test_sharded_tables_are_taken_over_if_wanted_and_data_parallel_ones_are_not(
     )
     state, found = build_state(config, 0, world), []
     for name, members in collections_of(state.physical).items():
-        made = shard_collection(members, state.placements, world, host_kernels=wanted)
+        made = shard_collection(members, state.placements, world, config.sharding)
         for collection in (state.collections[name], made):
             found += kernels_in(collection)
     assert sorted(found) == ["DenseTableBatchedEmbeddingBagsCodegen"] * 2 + [kind] * 2

@@ -89,13 +89,18 @@ class Batch(Pipelineable):
     """The rows as they were read; stays on the host."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on ``device``."""
+        """The same batch with its tensors on ``device``.
+
+        On its way to CUDA it is put into page-locked memory: without, ``non_blocking`` copies block.
+        """
+        on_host = non_blocking and device.type == "cuda" and not self.dense.is_cuda
+        source = self.pin_memory() if on_host else self
         return replace(
             self,
-            dense=self.dense.to(device, non_blocking=non_blocking),
-            sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.sparse.items()},
-            bags={name: bags.to(device, non_blocking=non_blocking) for name, bags in self.bags.items()},
-            labels=self.labels.to(device, non_blocking=non_blocking),
+            dense=source.dense.to(device, non_blocking=non_blocking),
+            sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in source.sparse.items()},
+            bags={name: bags.to(device, non_blocking=non_blocking) for name, bags in source.bags.items()},
+            labels=source.labels.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.recipe import DenseOptimizerConfig, InitConfig, SparseOptimizerConfig, require
+from trainer.recipe import DenseOptimizerConfig, InitConfig, PrecisionConfig, SparseOptimizerConfig, require
 
 ShardingType = Literal[
     "data_parallel",
@@ -245,9 +245,18 @@ class ShardingConfig:
     host_kernels: bool = True
     """On the CPU, look up and update by this project's kernels; false leaves both to FBGEMM. Equal to rounding."""
 
+    kernels: tuple[Literal["fused", "fused_uvm_caching", "fused_uvm"], ...] = ()
+    """FBGEMM kernels that the planner may choose from: tables in device memory, or on the host with a cache there, or
+    without. Empty: the first two on CUDA. The CPU has the first only."""
+
+    quantized_communication: Literal["none", "fp16", "bf16"] = "none"
+    """What rows and their gradients are rounded to on their way between ranks; sums and tables stay float32."""
+
     def __post_init__(self) -> None:
         allowed = self.memory_gib >= 0 and math.isfinite(self.memory_gib)
         require(allowed, f"memory_gib is {self.memory_gib}, expected 0 or more")
+        twice = len(set(self.kernels)) < len(self.kernels)
+        require(not twice, f"kernels is {list(self.kernels)}, expected each kernel once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,6 +331,7 @@ class RunConfig:
     """Steps between safe points: report, grow tables, checkpoint, evaluate."""
 
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

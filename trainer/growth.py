@@ -169,8 +169,7 @@ def _build(
     reason = ""
     for name, members in changed.items():
         try:
-            kernels = state.config.sharding.host_kernels
-            built[name] = shard_collection(members, placements, state.world, host_kernels=kernels)
+            built[name] = shard_collection(members, placements, state.world, state.config.sharding)
         except (MemoryError, RuntimeError) as error:
             reason = " ".join(str(error).split())
         if state.world.sum_integers(int(bool(reason)))[0]:

@@ -10,7 +10,7 @@ averaged bags, other number types, other devices) is left to FBGEMM.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -44,10 +44,15 @@ _ROW_COST = 4  # updating a distinct row takes as long as adding up this many gr
 
 def use_host_kernels(sharded: ShardedEmbeddingBagCollection) -> None:
     """Have the tables of this collection that are on the host and plain enough read and updated by our kernels."""
+    for kernel in kernels_in(sharded):
+        if type(kernel) is SplitTableBatchedEmbeddingBagsCodegen:
+            take_over(kernel)
+
+
+def kernels_in(sharded: ShardedEmbeddingBagCollection) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """What holds this rank's tables of a collection that are updated in backward."""
     for lookup in sharded._lookups:  # noqa: SLF001 - TorchRec keeps them in a plain list, which modules() does not see
-        for module in lookup.modules():
-            if type(module) is SplitTableBatchedEmbeddingBagsCodegen:
-                take_over(module)
+        yield from (part for part in lookup.modules() if isinstance(part, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 def take_over(tables: SplitTableBatchedEmbeddingBagsCodegen) -> None:

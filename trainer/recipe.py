@@ -1,4 +1,4 @@
-"""How parameters start and move: the part of the run description that names optimizers, schedules and first values."""
+"""How parameters start and move: optimizers, schedules, first values and precision in the run description."""
 
 from __future__ import annotations
 
@@ -129,3 +129,14 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         require(self.scale >= 0 and math.isfinite(self.scale), f"scale is {self.scale}, expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """What is computed with less than float32; weights, moments and the loss never are."""
+
+    dense: Literal["float32", "bfloat16"] = "float32"
+    """What the interaction model multiplies in (autocast); not the tables."""
+
+    tf32: bool = False
+    """Multiply float32 matrices with TF32's 10 bits of mantissa; needs a GPU."""

@@ -14,6 +14,7 @@ from trainer.config import RunConfig, to_plain
 from trainer.contents import stripes_for
 from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
+from trainer.device import check_device
 from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
 from trainer.manifest import Manifest
 from trainer.order import streams_of
@@ -30,6 +31,9 @@ _MUST_MATCH = (
     "seed",
     "model",
     "dense_optimizer.kind",
+    "precision.dense",
+    "precision.tf32",
+    "sharding.quantized_communication",
     "data.labels",
     "data.dense",
     "data.transforms",
@@ -37,6 +41,9 @@ _MUST_MATCH = (
     "data.streams",
     "data.shuffle",
 )
+_WHERE_ABSENT = {"precision.dense": "float32", "precision.tf32": False, "sharding.quantized_communication": "none"}
+"""What a checkpoint was made with whose run description lacks these keys."""
+
 _TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "init")
 
 
@@ -123,8 +130,10 @@ def start(inputs: Inputs, world: World) -> Run:
 
     Raises:
         CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
+        ConfigError: the run description needs another device.
     """
     with world.together():
+        check_device(inputs.config, world.device)
         if world.is_chief:
             _make_output(Path(inputs.config.output))
     epoch_steps = steps_per_epoch(inputs.train, inputs.config.data)
@@ -170,13 +179,14 @@ def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:
         CheckpointError: which field differs, with both values.
     """
     ours = to_plain(inputs.config)
-    pairs = [(name, _at(manifest.config, name), _at(ours, name)) for name in _MUST_MATCH]
-    for number, (saved, own) in enumerate(zip(manifest.config["tables"], ours["tables"], strict=False)):
+    saved_run = manifest.config
+    pairs = [(name, _at(saved_run, name, _WHERE_ABSENT.get(name)), _at(ours, name)) for name in _MUST_MATCH]
+    for number, (saved, own) in enumerate(zip(saved_run["tables"], ours["tables"], strict=False)):
         pairs += [(f"tables[{number}].{name}", saved.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
         pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
         if own["ids"] == "hashed":  # a row is a hash modulo their number
             pairs.append((f"tables[{number}].rows", saved["rows"], own["rows"]))
-    pairs.append(("number of tables", len(manifest.config["tables"]), len(ours["tables"])))
+    pairs.append(("number of tables", len(saved_run["tables"]), len(ours["tables"])))
     for name, before, now in pairs:
         if before != now:
             raise CheckpointError(
@@ -188,11 +198,11 @@ def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:
         raise CheckpointError(f"{difference} {path}; restore the files, or name another output")
 
 
-def _at(plain: dict[str, Any], dotted: str) -> Any:
+def _at(plain: dict[str, Any], dotted: str, absent: Any = None) -> Any:
     value: Any = plain
     for part in dotted.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return value
+    return absent if value is None else value
 
 
 def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[int, float]]) -> Manifest:

@@ -1,6 +1,6 @@
 """Tables onto ranks: plan once on the chief, shard alike everywhere, describe the plan, and reach the live shards.
 
-The device type decides kernel and topology here and backend in world.py, and nowhere else.
+The device type decides topology here, kernel in sharder.py and backend in world.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import BoundsCheckMode
 from tabulate import tabulate
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -36,10 +34,11 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from trainer.allocation import Untouched
-from trainer.config import ShardingConfig
+from trainer.config import RunConfig, ShardingConfig
 from trainer.errors import ShardingError
 from trainer.lookup import use_host_kernels
 from trainer.optim import check_sparse, fuse_in_backward
+from trainer.sharder import DEVICE_SHARE, kernels_for, sharder_for
 from trainer.tables import MOMENTS, PhysicalTable, build_collection, collections_of, state_bytes
 from trainer.task import CTRTask, Head
 from trainer.world import World
@@ -52,34 +51,6 @@ _GLOO_BYTES_PER_MS = float(1 << 30) / 1000
 
 _SHARE_FOR_TABLES = 0.85
 """Part of the memory that tables may take; the rest is the dense part, activations and batches."""
-
-
-class Sharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder with every sharding type on every device.
-
-    TorchRec leaves the row-wise types out on CPU, although its gloo path runs them (tested here on 2 ranks).
-    """
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """Every type that the planner may meet in a constraint."""
-        return [kind.value for kind in ShardingType]
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """``dense`` for data-parallel tables, whose optimizer is torch's; else FBGEMM's fused kernels."""
-        if sharding_type == ShardingType.DATA_PARALLEL.value:
-            return [EmbeddingComputeKernel.DENSE.value]
-        if compute_device_type == "cpu":
-            return [EmbeddingComputeKernel.FUSED.value]
-        return [
-            EmbeddingComputeKernel.FUSED.value,
-            EmbeddingComputeKernel.FUSED_UVM.value,
-            EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
-        ]
-
-
-def _sharders() -> list[Sharder]:
-    # Ids are checked where they are mapped, so the kernels need not check them again.
-    return [Sharder(fused_params={"bounds_check_mode": BoundsCheckMode.NONE})]
 
 
 def allowed_types(table: PhysicalTable, world: World) -> list[str]:
@@ -101,13 +72,17 @@ def allowed_types(table: PhysicalTable, world: World) -> list[str]:
 
 
 def memory_bytes(config: ShardingConfig, world: World) -> int:
-    """Memory for tables that each rank offers: as configured, else its part of what host or device has."""
+    """Memory for tables that each rank offers: as configured, else its part of what the host, or its device, has."""
     if config.memory_gib:
         return int(config.memory_gib * _GIB)
     if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
+        return int(torch.cuda.get_device_properties(world.device).total_memory * _SHARE_FOR_TABLES)
+    return host_bytes(world)
+
+
+def host_bytes(world: World) -> int:
+    """Memory for tables that each rank has of its host; on a GPU it is for tables beyond the device's."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
     return int(total * _SHARE_FOR_TABLES)
 
 
@@ -134,18 +109,18 @@ def plan_tables(
             compute_device=world.device.type,
             local_world_size=world.local_size,
             hbm_cap=offered if on_cuda else None,
-            ddr_cap=None if on_cuda else offered,
+            ddr_cap=host_bytes(world) if on_cuda else offered,
             **({} if on_cuda else {"intra_host_bw": _GLOO_BYTES_PER_MS, "inter_host_bw": _GLOO_BYTES_PER_MS}),
         ),
         batch_size=rows_per_rank,
         storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints={table.name: _constraint(table, world, rows_per_rank) for table in physical},
+        constraints={table.name: _constraint(table, config, world, rows_per_rank) for table in physical},
     )
     plan: ShardingPlan = None
     with world.together():  # the planner's own collective_plan leaves the other ranks waiting when the chief's fails
         if world.is_chief:
             try:
-                plan = planner.plan(_Tables(collections), _sharders())
+                plan = planner.plan(_Tables(collections), [sharder_for(config, world)])
             except PlannerError as error:
                 raise ShardingError(_does_not_fit(physical, offered, world, error)) from error
     members = world.gather(plan)[0].plan.values()
@@ -160,12 +135,12 @@ class _Tables(nn.Module):
         self.tables = nn.ModuleDict(collections)
 
 
-def _constraint(table: PhysicalTable, world: World, rows_per_rank: int) -> ParameterConstraints:
+def _constraint(table: PhysicalTable, config: ShardingConfig, world: World, rows_per_rank: int) -> ParameterConstraints:
     """What the planner must know of a table; it is asked for as many distinct rows as the batch has ids, at most."""
     kinds = allowed_types(table, world)
     return ParameterConstraints(
         sharding_types=kinds,
-        compute_kernels=sorted({k for kind in kinds for k in Sharder().compute_kernels(kind, world.device.type)}),
+        compute_kernels=sorted({kernel for kind in kinds for kernel in kernels_for(kind, config, world.device)}),
         # The smallest column shard that the kernels take, so that narrow tables can be split at all.
         min_partition=max(4, table.width // world.size // 4 * 4),
         batch_sizes=[rows_per_rank * len(table.space.features)],
@@ -185,43 +160,38 @@ def _does_not_fit(physical: Sequence[PhysicalTable], offered: int, world: World,
 
 
 def shard(
-    model: nn.Module,
-    physical: Sequence[PhysicalTable],
-    placements: Placements,
-    world: World,
-    order: Sequence[str],
-    *,
-    seed: int,
-    host_kernels: bool = True,
+    model: nn.Module, physical: Sequence[PhysicalTable], placements: Placements, world: World, config: RunConfig
 ) -> tuple[DistributedModelParallel, CTRTask]:
     """The task with its tables sharded and its model data-parallel, rows not yet filled, and the task inside it.
 
-    Collective. ``order``: public names of the tables as the run description lists them. ``host_kernels``: see
-    ``ShardingConfig``.
+    Collective.
     """
+    host_kernels = config.sharding.host_kernels
     for table in physical:
         replicated = is_data_parallel(placements, table)
         check_sparse(table, world.device, data_parallel=replicated, host_kernels=host_kernels)
     members = collections_of(physical)
     collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
-    task = CTRTask(collections, Head(model, physical, order, seed=seed, world_size=world.size))
-    plan = {f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()}
+    order, dense = [table.key for table in config.tables], config.precision.dense
+    task = CTRTask(collections, Head(model, physical, order, seed=config.seed, world_size=world.size, dense=dense))
+    plan = ShardingPlan({f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()})
+    sharders = [sharder_for(config.sharding, world)]
     with Untouched():
-        sharded = DistributedModelParallel(task, device=world.device, plan=ShardingPlan(plan), sharders=_sharders())
+        sharded = DistributedModelParallel(task, device=world.device, plan=plan, sharders=sharders)
     for collection in task.tables.values() if host_kernels else ():
         use_host_kernels(collection)
     return sharded, task
 
 
 def shard_collection(
-    members: Sequence[PhysicalTable], placements: Placements, world: World, *, host_kernels: bool = True
+    members: Sequence[PhysicalTable], placements: Placements, world: World, config: ShardingConfig
 ) -> ShardedEmbeddingBagCollection:
     """One collection sharded by itself: what takes the place of a smaller one in the task. Its rows are not filled."""
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     collection, plan = _fused_collection(members, placements), _module_plan(members, placements)
     with Untouched():
-        sharded = _sharders()[0].shard(collection, plan, env, world.device)
-    if host_kernels:
+        sharded = sharder_for(config, world).shard(collection, plan, env, world.device)
+    if config.host_kernels:
         use_host_kernels(sharded)
     return sharded
 
@@ -253,11 +223,12 @@ def with_stripe(placement: ParameterSharding, before: int, after: int) -> Parame
 
 
 def rank_bytes(placements: Placements, physical: Sequence[PhysicalTable], world_size: int) -> list[int]:
-    """Bytes of all tables with their moments on each rank."""
+    """Bytes of all tables with their moments on each rank, in the memory that ``memory_bytes`` is of."""
     totals = [0.0] * world_size
     for table in physical:
+        share = DEVICE_SHARE.get(placements[table.name].compute_kernel, 1.0)
         for rank, size in enumerate(_table_bytes(placements, table, world_size)):
-            totals[rank] += size
+            totals[rank] += size * share
     return [int(total) for total in totals]
 
 

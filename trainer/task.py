@@ -6,8 +6,9 @@ Shapes: B rows, F fields, P physical width, D logical dim, N dense columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +102,18 @@ class Head(nn.Module):
         *,
         seed: int,
         world_size: int,
+        dense: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        """``order``: public names of all tables as the run description lists them; decides the places of the fields."""
+        """``order``: public names of all tables as the run description lists them; decides the places of the fields.
+
+        ``dense``: see ``PrecisionConfig``.
+        """
         super().__init__()
         self._order = tuple(order)
         self.model = model
         self._seed = seed
         self._world_size = world_size
+        self._dense = dense
         self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self._sources: dict[str, list[_Source]] = {}
         """By collection."""
@@ -140,9 +146,15 @@ class Head(nn.Module):
                 columns |= _read(looked_up[collection][source.key], batch.bags[source.space], source, rows)
         embeddings_BFD = self._role(columns, batch, "embedding")
         linear_BF = self._role(columns, batch, "linear").flatten(1)
-        logits_B = self.model(batch.dense[:rows], embeddings_BFD, linear_BF)
+        with self._precision(batch.dense.device):
+            logits_B = self.model(batch.dense[:rows], embeddings_BFD, linear_BF)
+        logits_B = logits_B.float()
         total = binary_cross_entropy_with_logits(logits_B, batch.labels[:rows], reduction="sum")
         return total * (self._world_size / batch.global_rows), Prediction(logits_B.detach(), batch)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """What the interaction model computes in; its weights and what it is given stay float32."""
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self._dense == "bfloat16" else nullcontext()
 
     def _role(self, columns: Mapping[str, Tensor], batch: Batch, role: str) -> Tensor:
         """[num_rows, F, D] of all tables of one role; [num_rows, 0, 0] where the run has none."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer.errors import UserError
+from trainer.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,10 @@ def is_first_of_job() -> bool:
 def join_world(*, standalone: bool) -> Iterator[World]:
     """Join the process group of the job, or with ``standalone`` a world of one; leave it at the end.
 
-    The device is CUDA where there is one for this local rank, else the CPU; the backend follows from it.
+    The device is CUDA where the host has it, one for each of its ranks, else the CPU; the backend follows from it.
+
+    Raises:
+        ConfigError: the host has GPUs, and fewer of them than ranks.
     """
     import torch
     import torch.distributed as dist
@@ -109,7 +112,7 @@ def join_world(*, standalone: bool) -> Iterator[World]:
     local_rank = 0 if standalone else int(os.environ["LOCAL_RANK"])
     size = 1 if standalone else int(os.environ["WORLD_SIZE"])
     local_size = 1 if standalone else int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = _device(local_rank, local_size)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -121,3 +124,17 @@ def join_world(*, standalone: bool) -> Iterator[World]:
             yield World(rank, local_rank, size, local_size, device)
         finally:
             dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_size > num_gpus:
+        raise ConfigError(
+            f"{local_size} ranks were started on a host with {num_gpus} GPU{'s' * (num_gpus > 1)}; start at most "
+            f"{num_gpus} on it, or set CUDA_VISIBLE_DEVICES= (to nothing) to train on its CPU"
+        )
+    return torch.device("cuda", local_rank)
