@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import idmap, limits, peers
+from benchmarks import idmap, limits, peers, reading, scaling, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -60,6 +60,22 @@ def beside_peers(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{peers.tables_of(record)}"
 
 
+def as_started(record: dict[str, Any]) -> str:
+    """The record of throughput.py."""
+    return f"{_origin(record)}\n\n{throughput.tables_of(record)}"
+
+
+def ready_batches(record: dict[str, Any]) -> str:
+    """The record of reading.py."""
+    return f"{_origin(record)}\n\n{reading.tables_of(record)}"
+
+
+def larger(record: dict[str, Any]) -> str:
+    """The record of scaling.py and its picture, which lies beside it."""
+    picture = f"![Rows/s as one thing at a time grows](results/{record['picture']})"
+    return f"{_origin(record)}\n\n{picture}\n\n{scaling.tables_of(record)}"
+
+
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -68,6 +84,9 @@ def rendered(results: Path) -> str:
         "idmap": identity_map,
         "limits": floor,
         "peers": beside_peers,
+        "reading": ready_batches,
+        "scaling": larger,
+        "throughput": as_started,
     }
     # A record is named after its program, and what it is of where one run did not measure everything.
     records = [(path.stem.partition("_")[0], path) for path in sorted(results.glob("*.json"))]

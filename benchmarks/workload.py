@@ -33,7 +33,10 @@ class Workload:
 
     row_group_rows: int = 16384
     fields: int = 47
-    """Categorical columns, one id in each."""
+    """Categorical columns."""
+
+    ids_per_field: int = 1
+    """Ids in each field of each row; more than one makes the columns lists."""
 
     table_rows: int = 1_000_000
     """Rows of the embedding table, shared by all fields."""
@@ -71,12 +74,21 @@ def parse(text: str) -> Workload:
 
 
 def to_json(workload: Workload) -> str:
-    """One line that says everything about the workload."""
-    return json.dumps(asdict(workload))
+    """One line that says everything about the workload.
+
+    Without the number of ids where it is one: by this line files are found that were made before there was a choice.
+    """
+    plain = asdict(workload)
+    if workload.ids_per_field == 1:
+        del plain["ids_per_field"]
+    return json.dumps(plain)
 
 
 def places(workload: Workload, number: int, rows: int) -> NDArray[np.int64]:
-    """int64 [rows, fields] of file ``number``: each id's place within its field's range. Pure."""
+    """int64 [rows, fields] of file ``number``: each id's place within its field's range. Pure.
+
+    Where fields have several ids, a row here is one id of each.
+    """
     draws = np.random.default_rng([workload.seed, number])
     layout = np.random.default_rng(workload.seed)
     found = np.empty((rows, workload.fields), dtype=np.int64)
@@ -124,13 +136,20 @@ def _rows_of_files(workload: Workload) -> list[int]:
 
 
 def _table(workload: Workload, number: int, rows: int) -> pa.Table:
-    ids = places(workload, number, rows) + np.arange(workload.fields) * workload.span
+    each = workload.ids_per_field
+    ids = places(workload, number, rows * each) + np.arange(workload.fields) * workload.span
     columns = {name: np.ascontiguousarray(ids[:, field]) for field, name in enumerate(workload.names)}
+    if each > 1:
+        ends = np.arange(0, (rows + 1) * each, each, dtype=np.int32)
+        columns = {name: pa.ListArray.from_arrays(ends, flat) for name, flat in columns.items()}
     return pa.table(columns | {LABEL: labels(workload, number, rows)})
 
 
 def read_places(files: Sequence[Path], workload: Workload, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The first rows of the files: int64 [rows, fields] places within the fields' ranges, float32 [rows] labels."""
+    """The first rows of the files: int64 [rows, fields] places within the fields' ranges, float32 [rows] labels.
+
+    Of fields with one id each.
+    """
     tables: list[pa.Table] = []
     while sum(table.num_rows for table in tables) < rows and len(tables) < len(files):
         tables.append(pq.read_table(files[len(tables)]))
