@@ -16,7 +16,7 @@ TITLES = {
     "fields": "More fields: ids/s stay level,\nrows/s fall as 1 / fields",
     "ids_per_field": "More ids per field: ids/s rise,\nfor the dense part does not grow with them",
     "batch": "Larger batches: faster until the fixed cost\nof a step is spread, level after",
-    "ranks": "Ranks that share the cores: as fast as one rank\nwith all of them",
+    "ranks": "Ranks that share the cores: slower by the\nexchange and by a second interpreter",
 }
 _LABELS = {
     "table_rows": "table rows",
