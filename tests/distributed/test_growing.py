@@ -248,11 +248,11 @@ def train_with_little_memory(plain: dict[str, Any]) -> Any:
     quiet_libraries()
     real, calls = growth.shard_collection, []
 
-    def failing(members: Any, placements: Any, world: World, **options: Any) -> Any:
+    def failing(members: Any, placements: Any, world: World, *rest: Any) -> Any:
         calls.append(members)
         if world.rank == 1 and len(calls) >= 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return real(members, placements, world, **options)
+        return real(members, placements, world, *rest)
 
     growth.shard_collection = failing
     with join_world(standalone=False) as world:
