@@ -8,8 +8,8 @@
 
 For shardrec the first epoch warms up (all ids are new in it) and the last one is timed, as the run itself reports it.
 All have two threads in all, and the settings of glibc's allocator with which the trainer starts itself
-(trainer/environment.py), unless ``--default-allocator`` leaves the peers as their users have them. A ratio is the median over turns, of times taken one
-after the other, so that other work on the machine meets both sides alike.
+(trainer/environment.py), unless ``--default-allocator`` leaves the peers as their users have them. A ratio is the
+median over turns, of times taken one after the other, so that other work on the machine meets both sides alike.
 
 Not measured: evaluation, checkpoints, a cold page cache, time to start.
 """

@@ -99,7 +99,7 @@ def _add_ids(axes: Axes, places: Places) -> None:
 
 
 def _tick_at(axes: Axes, values: Sequence[int], label: Callable[[int], str]) -> None:
-    axes.set_xticks(values, [label(value) for value in values])
+    axes.set_xticks(values, [label(value) for value in values], rotation=20)
     axes.set_xticks([], minor=True)
 
 
