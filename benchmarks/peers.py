@@ -21,7 +21,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import peer_models
+from benchmarks import peer_models, process
 from benchmarks.record import RESULTS, ROOT, percentiles, provenance, write
 from benchmarks.workload import Workload, describe, to_json, to_toml
 from benchmarks.workload import write as write_files
@@ -137,7 +136,7 @@ def _take_turn(sizes: Sizes, files: Sequence[Path], candidate: str, batch: int, 
         words = ["--candidate", candidate, "--workload", to_json(sizes.workload), "--files", *files]
         words += ["--warm-batches", max(1, sizes.warm_rows // batch), "--batches", max(1, sizes.rows // batch)]
         command = ["-m", "benchmarks.peers_turn", *words, "--batch", batch, "--output", output]
-        _run(command, candidate, environment(THREADS, allocator=allocator))
+        process.run(candidate, command, environment(THREADS, allocator=allocator))
         return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -152,7 +151,7 @@ def _train(
     description.write_text(to_toml(plain), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "-m"] if ranks > 1 else []
     command = ["-m", *launcher, "trainer", "train", description]
-    _run(command, candidate, environment(threads, allocator=allocator))
+    process.run(candidate, command, environment(threads, allocator=allocator))
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     first, last = (json.loads(line) for line in lines)
     return {
@@ -167,19 +166,6 @@ def environment(threads: int, *, allocator: bool) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
     chosen = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return kept | chosen | (ALLOCATOR if allocator else {})
-
-
-def _run(words: Sequence[object], candidate: str, environ: Mapping[str, str]) -> None:
-    """Run Python with ``words``.
-
-    Raises:
-        SystemExit: it failed; with the last that it said.
-    """
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=dict(environ), capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
-        raise SystemExit(f"{candidate} failed with exit code {done.returncode}:\n{said}")
 
 
 def judge(rates: Rates) -> list[dict[str, Any]]:
