@@ -4,7 +4,7 @@ A step of DeepFM over packed rows of 15 + 1 floats cannot do without
     read         decode the Parquet columns (pyarrow, nothing else)
     map          find the distinct ids and their slots (kernels.py, the fastest that we know)
     gather       copy each id's row to the batch (lookup_kernels.py, the fastest that we know)
-    products     three matrix products of the first layer: forward, by input, by weight (torch)
+    products     three matrix products of the first layer: forward, by input, by weight (as models/fields.py has them)
     stream       pass over the batch's rows: read them for the pairs of fields, read and write their gradients
     scatter      sum the gradients by row, and read and write the distinct rows and their moments (lookup_kernels.py)
 
@@ -34,6 +34,7 @@ from tabulate import tabulate
 from benchmarks.record import RESULTS, ROOT, provenance, write
 from benchmarks.workload import LABEL, Workload
 from benchmarks.workload import write as write_files
+from models.fields import product
 from trainer import lookup_kernels as kernels
 from trainer.idmap import Deduplicator, Distinct, IdMap
 
@@ -121,12 +122,12 @@ def _products(workload: Workload, batch: int, pooled: torch.Tensor) -> tuple[flo
     """Time and floating-point operations of the first layer's products."""
     inputs, units = pooled.numel() // batch, workload.hidden[0]
     rows_BI, weight_HI, grad_BH = pooled.view(batch, inputs), torch.randn(units, inputs), torch.randn(batch, units)
-    out_BH, grad_BI, grad_HI = torch.empty(batch, units), torch.empty(batch, inputs), torch.empty(units, inputs)
+    grad_BI = torch.empty(batch, inputs)
 
     def products(rows_BI: torch.Tensor) -> None:
-        torch.mm(rows_BI, weight_HI.t(), out=out_BH)
-        torch.mm(grad_BH, weight_HI, out=grad_BI)
-        torch.mm(grad_BH.t(), rows_BI, out=grad_HI)
+        product(rows_BI, weight_HI)
+        grad_BI.addmm_(grad_BH, weight_HI)
+        product(grad_BH.t(), rows_BI.t())
 
     return _median_ms(products, [rows_BI]), 3 * 2 * batch * inputs * units
 

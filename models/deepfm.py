@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from models import options
 from models.blocks import MLP, MLPOptions
-from models.fields import add_dense, column_beside, gather_weight, split_weight, spread_weight, with_gaps
+from models.fields import add_dense, column_beside, gather_weight, product, split_weight, spread_weight, with_gaps
 from models.fm import pairs_of_rows, pairwise
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
@@ -99,7 +99,7 @@ class _Readings(torch.autograd.Function):
         ctx.save_for_backward(rows_BFP, weight_HP, sums_BP)
         ctx.dim, ctx.column = dim, column
         weights_B = torch.zeros_like(pairs_B) if linear_BF is None else linear_BF.sum(dim=1)
-        return torch.addmm(bias_H, rows_BP, weight_HP.t()), pairs_B, weights_B
+        return product(rows_BP, weight_HP, bias_H), pairs_B, weights_B
 
     @staticmethod
     @once_differentiable
@@ -111,10 +111,11 @@ class _Readings(torch.autograd.Function):
         dim, column, num_fields = ctx.dim, ctx.column, rows_BFP.shape[1]
         pairs_grad_B1 = pairs_grad_B.unsqueeze(1)
         grad_BFP = torch.addcmul((sums_BP * pairs_grad_B1).unsqueeze(1), rows_BFP, pairs_grad_B1.unsqueeze(2), value=-1)
-        grad_BFP[:, :, dim:] = 0
+        if column is None or rows_BFP.shape[2] > dim + 1:
+            grad_BFP[:, :, dim:] = 0
         if column is not None:
             grad_BFP[:, :, column] = weights_grad_B.unsqueeze(1)
         grad_BFP.flatten(1).addmm_(hidden_grad_BH, weight_HP)
-        weight_grad_HI = gather_weight(hidden_grad_BH.t() @ rows_BFP.flatten(1), num_fields, dim)
+        weight_grad_HI = gather_weight(product(hidden_grad_BH.t(), rows_BFP.flatten(1).t()), num_fields, dim)
         linear_grad_BF = None if column is None else grad_BFP[:, :, column]
         return grad_BFP[:, :, :dim], linear_grad_BF, weight_grad_HI, hidden_grad_BH.sum(dim=0), None

@@ -7,7 +7,7 @@ import torch
 
 from models.blocks import MLP
 from models.deepfm import DeepFM
-from models.fields import column_beside, lie_apart, linear_of_fields
+from models.fields import column_beside, lie_apart, linear_of_fields, product
 from models.fm import pairwise
 
 B, F, D, N = 5, 3, 6, 2
@@ -30,6 +30,17 @@ def test_padded_rows_enter_a_layer_as_their_columns_in_use_would(num_dense, spar
         results.append([out, *torch.autograd.grad((out * weights).sum(), [leaf, layer.weight, layer.bias])])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_product_of_single_precision_is_that_of_double_to_rounding(biased, transposed):
+    left, right, bias = torch.randn(67, 33), torch.randn(20, 33), torch.randn(20) if biased else None
+    if transposed:
+        left, right = torch.randn(33, 67).t(), torch.randn(33, 20).t()
+    expected = left.double() @ right.double().t() + (bias.double() if biased else 0)
+    torch.testing.assert_close(product(left, right, bias), expected.float())
+    torch.testing.assert_close(product(left.double(), right.double(), bias.double() if biased else None), expected)
 
 
 def test_rows_lie_apart_only_if_the_columns_between_them_can_be_read():
