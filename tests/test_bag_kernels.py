@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.bags import ROWS, Case, case_of, in_order, single, uneven
-from trainer.bag_kernels import find_readers
+from trainer.bag_kernels import are_alone, find_readers
 
 
 @settings(deadline=None, max_examples=50)
@@ -56,3 +56,14 @@ def test_the_readers_of_a_row_are_its_bags_in_their_order(bags: list[list[int]])
     assert [each.tolist() for each in found] == [
         [number for number, bag in enumerate(bags) for place in bag if place == row] for row in range(6)
     ] + [[]]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.lists(st.sampled_from([0, 1, 63, 64, 127, 128]), max_size=2), min_size=1, max_size=6))
+def test_rows_are_alone_if_each_has_its_own_bag_in_order_and_comes_once(bags: list[list[int]]) -> None:
+    rows = np.array([row for bag in bags for row in bag], dtype=np.int64)
+    bounds = np.cumsum([0, *map(len, bags)]).astype(np.int32)
+    marks = np.zeros(3, dtype=np.uint64)
+    in_order = all(bag == [row] for row, bag in zip(rows.tolist(), bags, strict=False))
+    assert are_alone(rows, bounds, marks) == (in_order and len(set(rows.tolist())) == len(rows) < len(bounds))
+    assert not marks.any()

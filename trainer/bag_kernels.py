@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trainer.kernels import Integer, Integers, Slots, compiled
 
 Numbers = NDArray[np.int64] | NDArray[np.int32]
+Marks = NDArray[np.uint64]
 
 _LINE = 8  # ids in one cache line
 
@@ -82,3 +83,24 @@ def find_readers(places: Slots, bounds: Slots, begins: Slots, readers: Slots) ->
             row = np.uint64(places[np.uint64(i)])
             readers[np.uint64(begins[row])] = bag
             begins[row] += 1
+
+
+@compiled
+def are_alone(rows: Integers, bounds: Slots, marks: Marks) -> np.bool_:
+    """Whether bag i has ``rows[i]`` and nothing else, for every i, and no row comes twice.
+
+    ``marks``: uint64, a bit for each row of the table; zeros before and after.
+    """
+    if rows.size >= bounds.size:
+        return np.bool_(False)
+    marked = 0
+    while marked < rows.size and bounds[marked + 1] == marked + 1:
+        row = np.uint64(rows[marked])
+        bit = np.uint64(1) << (row & np.uint64(63))
+        if marks[row >> np.uint64(6)] & bit:
+            break
+        marks[row >> np.uint64(6)] |= bit
+        marked += 1
+    for i in range(marked):
+        marks[np.uint64(rows[i]) >> np.uint64(6)] = np.uint64(0)
+    return np.bool_(marked == rows.size)

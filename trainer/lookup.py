@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from trainer import lookup_kernels as kernels
-from trainer.bag_kernels import order_by_row
+from trainer.bag_kernels import Marks, are_alone, order_by_row
 from trainer.idmap import Deduplicator
 from trainer.lookup_kernels import Floats
 from trainer.threads import equal_shares, in_parallel, threads_for
@@ -111,6 +111,7 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
         self._parts = _parts_of(self)
         self._deduplicate = Deduplicator()
         self._sums = np.empty(0, dtype=np.float32)
+        self._marks = np.zeros(0, dtype=np.uint64)
 
     def forward(
         self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None, *rest: Any, **named: Any
@@ -146,24 +147,30 @@ class HostTables(SplitTableBatchedEmbeddingBagsCodegen):
 
     def _update(self, part: _Part, bags: _Bags, gradient: Floats) -> None:
         weights, moments = (host.detach().numpy() for host in (self.weights_host, self.momentum1_host))
-        rows, inverse, counts = self._deduplicate(bags.ids)
-        update = functools.partial(
-            kernels.update,
+        decay, num_threads = np.float32(self.optimizer_args.weight_decay), threads_for(len(bags.ids))
+        step = (
             _FORMULAS[self.optimizer],
             weights[part.weight : part.weight + part.rows * part.width],
             moments[part.moment :],
             part.width,
             np.float32(self.learning_rate_tensor.item()),
             np.float32(self.optimizer_args.eps),
-            np.float32(self.optimizer_args.weight_decay),
-            rows,
-            gradient,
-            bags.bounds,
-            inverse,
-            part.column,
-            self._room_for(len(rows) * part.width),
+            decay,
         )
-        in_parallel(update, equal_shares(counts.cumsum(), threads_for(len(bags.ids)), _ROW_COST))
+        if not decay and gradient.shape[1] == part.width and are_alone(bags.ids, bags.bounds, self._marks_for(part)):
+            descend = functools.partial(kernels.descend, *step, bags.ids, gradient.reshape(-1))
+            in_parallel(descend, [len(bags.ids) * thread // num_threads for thread in range(num_threads + 1)])
+            return
+        rows, inverse, counts = self._deduplicate(bags.ids)
+        sums = self._room_for(len(rows) * part.width)
+        update = functools.partial(kernels.update, *step, rows, gradient, bags.bounds, inverse, part.column, sums)
+        in_parallel(update, equal_shares(counts.cumsum(), num_threads, _ROW_COST))
+
+    def _marks_for(self, part: _Part) -> Marks:
+        """A bit for each row, all of them zero."""
+        if 64 * len(self._marks) < part.rows:
+            self._marks = np.zeros(part.rows // 64 + 1, dtype=np.uint64)
+        return self._marks
 
     def _room_for(self, num_floats: int) -> Floats:
         """Memory for sums, kept from batch to batch."""

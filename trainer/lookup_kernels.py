@@ -254,16 +254,37 @@ def update(
     first: Integer,
     end: Integer,
 ) -> None:
-    """Updates the distinct rows ``first`` to ``end`` - 1 of ``rows`` with the sums of their gradients.
+    """Updates the distinct rows ``first`` to ``end`` - 1 of ``rows`` with the sums of their gradients: see ``descend``.
+
+    ``gradient``: float32 [B, columns], of what ``look_up`` wrote. ``inverse``: int32, where each id of the batch stands
+    in ``rows``. ``sums``: float32 [m * width], written.
+    """
+    add_up(gradient, width, bounds, inverse, first_column, sums, first, end)
+    descend(formula, table, moments, width, rate, eps, decay, rows, sums, first, end)
+
+
+@compiled
+def descend(
+    formula: Integer,
+    table: Floats,
+    moments: Floats,
+    width: Integer,
+    rate: Real,
+    eps: Real,
+    decay: Real,
+    rows: Integers,
+    sums: Floats,
+    first: Integer,
+    end: Integer,
+) -> None:
+    """Updates the distinct rows ``first`` to ``end`` - 1 of ``rows``; ``sums``: gradients, float32 [m * width].
 
     SGD: ``w -= rate * g``. Adagrad (Duchi et al., 2011): ``m += g * g; w -= rate * g / (sqrt(m) + eps)``. Row-wise
     Adagrad has one moment a row: ``m += mean(g * g); w -= rate / (sqrt(m) + eps) * g``. Before all:
     ``g += decay * w``.
 
-    ``gradient``: float32 [B, columns], of what ``look_up`` wrote. ``inverse``: int32, where each id of the batch stands
-    in ``rows``. ``moments``: float32 [rows * width], [rows], or any for SGD. ``sums``: float32 [m * width], written.
+    ``moments``: float32 [rows * width], [rows], or any for SGD. Where there is ``decay``, ``sums`` is written.
     """
-    add_up(gradient, width, bounds, inverse, first_column, sums, first, end)
     if decay != np.float32(0):
         _add_decay(table, width, decay, rows, sums, first, end)
     if formula == ADAGRAD:
