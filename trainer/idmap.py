@@ -137,10 +137,10 @@ class IdMap:
         self._used = np.zeros(num_ids, dtype=np.bool_)
 
     @classmethod
-    def from_arrays(cls, ids: Ids, used: NDArray[np.bool_]) -> IdMap:
+    def from_arrays(cls, ids: Ids, used: NDArray[np.bool_], *, take_over: bool = False) -> IdMap:
         """The map that ``to_arrays`` was called on: later calls give the slots that they would have given.
 
-        Where all slots are in use, ``ids`` is the map's from now on: a copy of what was read would cost as much as that.
+        ``take_over``: ``ids`` may become the map's, which is spared a copy.
 
         Raises:
             CheckpointError: the arrays are not those of a map.
@@ -150,7 +150,7 @@ class IdMap:
         restored = cls()
         num_in_use = int(np.count_nonzero(used))
         restored._young = np.zeros(_buckets_for(5 * num_in_use // 4), dtype=np.uint64)
-        restored._ids = ids if num_in_use == len(ids) and ids.flags.writeable else np.where(used, ids, np.int64(0))
+        restored._ids = ids if take_over and num_in_use == len(ids) else np.where(used, ids, np.int64(0))
         restored._used = np.array(used, dtype=np.bool_)
         restored._state[[kernels.IN_USE, kernels.HIGH_WATER]] = num_in_use, len(ids)
         slot = kernels.enter(restored._young, restored._ids, restored._used)

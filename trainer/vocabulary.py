@@ -207,8 +207,8 @@ class Vocabulary:
     def restore(self, states: Sequence[Arrays], owner: int, num_owners: int) -> None:
         """Become owner ``owner`` of ``num_owners``, knowing what ``states``, of all owners of a checkpoint, know of it.
 
-        From as many owners, the slots stay; else ids get slots anew, in the order of the old owners and their slots.
-        Ids that wait for admission are counted from nothing where the checkpoint counted in another way.
+        From as many owners, the slots stay, and the arrays may become the vocabulary's; else ids get slots anew, in the
+        order of the old owners and their slots. Ids that wait for admission are counted from nothing where the checkpoint counted in another way.
 
         Raises:
             CheckpointError: the arrays are not those of a vocabulary.
@@ -219,7 +219,7 @@ class Vocabulary:
 
         if len(states) == num_owners:
             state = states[owner]
-            self.ids = IdMap.from_arrays(state["ids"], state["used"])
+            self.ids = IdMap.from_arrays(state["ids"], state["used"], take_over=True)
             self.columns = {name: _saved(state, name) for name in self.columns}
             waiting = [_waiting(state)]
         else:
