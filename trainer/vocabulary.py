@@ -208,7 +208,8 @@ class Vocabulary:
         """Become owner ``owner`` of ``num_owners``, knowing what ``states``, of all owners of a checkpoint, know of it.
 
         From as many owners, the slots stay, and the arrays may become the vocabulary's; else ids get slots anew, in the
-        order of the old owners and their slots. Ids that wait for admission are counted from nothing where the checkpoint counted in another way.
+        order of the old owners and their slots. Ids that wait for admission are counted from nothing where the
+        checkpoint counted in another way.
 
         Raises:
             CheckpointError: the arrays are not those of a vocabulary.
