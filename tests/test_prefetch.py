@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from trainer.prefetch import Prefetcher
+from trainer import prefetch
+from trainer.prefetch import Prefetcher, _seconds_without_core
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -37,12 +39,87 @@ def test_items_are_made_on_another_thread() -> None:
         assert set(items) == {"prefetch"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the process's elsewhere")
-def test_its_thread_stands_back_where_cores_are_few() -> None:
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    with Prefetcher((os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) for _ in range(1)), 1) as items:
-        assert list(items) == [min(19, own + 10)]
-    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+linux = pytest.mark.skipif(sys.platform != "linux", reason="niceness is the process's elsewhere")
+
+
+def standing() -> tuple[int, int]:
+    """How this thread is scheduled: policy and niceness."""
+    return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@linux
+def test_its_thread_runs_on_idle_cores_only() -> None:
+    own = standing()
+    with Prefetcher((standing() for _ in range(2)), 1) as items:
+        assert [policy for policy, _ in items] == [os.SCHED_IDLE] * 2
+    assert standing() == own
+
+
+@linux
+def test_a_thread_that_gets_no_core_while_its_items_are_waited_for_is_relieved_by_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = standing()
+    clock = itertools.count()
+    monkeypatch.setattr(prefetch, "_seconds_without_core", lambda thread: next(clock) * 10.0)
+    made: list[str] = []
+    asked = threading.Semaphore(0)
+
+    def source() -> Iterator[tuple[int, int]]:
+        try:
+            while True:
+                asked.acquire()
+                made.append(threading.current_thread().name)
+                yield standing()
+        finally:
+            made.append("closed")
+
+    with Prefetcher(source(), 1) as items:
+        waiting = threading.Timer(0.1, asked.release)
+        waiting.start()
+        first = next(items)  # waits, and hears that the thread had no core
+        asked.release(3)
+        later = [next(items), next(items), next(items)]
+        asked.release(9)
+    assert first[0] == os.SCHED_IDLE
+    assert later[-1] == (own[0], min(19, own[1] + 10))
+    assert made[0] == "prefetch"
+    assert made[3] == "prefetch (2)"
+    assert made[-1] == "closed"
+    assert threads() == []
+
+
+@linux
+def test_a_thread_that_rests_does_not_starve() -> None:
+    over = threading.Event()
+    resting = threading.Thread(target=over.wait)
+    resting.start()
+    time.sleep(0.2)
+    assert _seconds_without_core(resting) < 0.1
+    over.set()
+    resting.join()
+    assert _seconds_without_core(resting) == 0.0  # it has ended
+
+
+@linux
+def test_a_thread_starves_on_a_core_that_others_keep_busy() -> None:
+    """Shown in a process of its own, with one core: two threads need more of it than there is."""
+    code = """
+import os, threading, time
+from trainer.prefetch import _seconds_without_core
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import hashlib
+block, end = bytes(1 << 20), time.monotonic() + 1
+def work():
+    while time.monotonic() < end:
+        hashlib.sha256(block)  # without the interpreter's lock
+threads = [threading.Thread(target=work) for _ in range(2)]
+[thread.start() for thread in threads]
+time.sleep(0.7)
+print(min(_seconds_without_core(thread) for thread in threads))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(said.stdout) > 0.1
 
 
 def test_no_more_than_depth_items_wait_and_one_is_in_the_making() -> None:
