@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from trainer import prefetch
-from trainer.prefetch import Prefetcher, _seconds_without_core
+from trainer.prefetch import Prefetcher, _seconds_of_others, _seconds_without_core
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -47,15 +48,45 @@ def standing() -> tuple[int, int]:
     return os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
+@pytest.fixture
+def resting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other process is at work, and that is seen at once."""
+    monkeypatch.setattr(prefetch, "_WATCHED_SECONDS", 0.0)
+    monkeypatch.setattr(prefetch, "_seconds_of_others", lambda: 1.0)
+
+
 @linux
-def test_its_thread_runs_on_idle_cores_only() -> None:
+@pytest.mark.usefixtures("resting")
+def test_its_thread_runs_on_idle_cores_only_where_no_other_process_is_at_work() -> None:
     own = standing()
-    with Prefetcher((standing() for _ in range(2)), 1) as items:
-        assert [policy for policy, _ in items] == [os.SCHED_IDLE] * 2
+    with Prefetcher((standing() for _ in range(3)), 1) as items:
+        assert [policy for policy, _ in items] == [own[0], os.SCHED_IDLE, os.SCHED_IDLE]
     assert standing() == own
 
 
 @linux
+@pytest.mark.parametrize("seconds_of_others", [lambda: time.monotonic(), lambda: math.inf], ids=["at work", "unknown"])
+def test_its_thread_stands_back_where_other_processes_are(
+    seconds_of_others: Callable[[], float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "_WATCHED_SECONDS", 0.0)
+    monkeypatch.setattr(prefetch, "_seconds_of_others", seconds_of_others)
+    own = standing()
+    with Prefetcher((standing() for _ in range(3)), 1) as items:
+        assert list(items) == [(own[0], min(19, own[1] + 10))] * 3
+    assert standing() == own
+
+
+@linux
+def test_the_time_of_others_is_that_of_all_processes_but_this() -> None:
+    code = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    before = _seconds_of_others()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert _seconds_of_others() - before > 0.2
+
+
+@linux
+@pytest.mark.usefixtures("resting")
 def test_a_thread_that_gets_no_core_while_its_items_are_waited_for_is_relieved_by_one_that_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -63,7 +94,7 @@ def test_a_thread_that_gets_no_core_while_its_items_are_waited_for_is_relieved_b
     clock = itertools.count()
     monkeypatch.setattr(prefetch, "_seconds_without_core", lambda thread: next(clock) * 10.0)
     made: list[str] = []
-    asked = threading.Semaphore(0)
+    asked = threading.Semaphore(1)
 
     def source() -> Iterator[tuple[int, int]]:
         try:
@@ -75,16 +106,17 @@ def test_a_thread_that_gets_no_core_while_its_items_are_waited_for_is_relieved_b
             made.append("closed")
 
     with Prefetcher(source(), 1) as items:
-        waiting = threading.Timer(0.1, asked.release)
-        waiting.start()
-        first = next(items)  # waits, and hears that the thread had no core
+        wait_for(lambda: len(made) == 1)
+        next(items)
+        threading.Timer(0.1, asked.release).start()
+        second = next(items)  # waits, and hears that the thread had no core
         asked.release(3)
         later = [next(items), next(items), next(items)]
         asked.release(9)
-    assert first[0] == os.SCHED_IDLE
+    assert second[0] == os.SCHED_IDLE
     assert later[-1] == (own[0], min(19, own[1] + 10))
-    assert made[0] == "prefetch"
-    assert made[3] == "prefetch (2)"
+    assert made[:2] == ["prefetch", "prefetch"]
+    assert made[4] == "prefetch (2)"
     assert made[-1] == "closed"
     assert threads() == []
 
@@ -98,7 +130,7 @@ def test_a_thread_that_rests_does_not_starve() -> None:
     assert _seconds_without_core(resting) < 0.1
     over.set()
     resting.join()
-    assert _seconds_without_core(resting) == 0.0  # it has ended
+    wait_for(lambda: _seconds_without_core(resting) == 0.0)  # it has ended
 
 
 @linux

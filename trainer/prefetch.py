@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import sys
@@ -15,7 +16,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _NICENESS = 10
-"""How far threads that work ahead stand back where they may not wait for idle cores only."""
+"""How far threads that work ahead stand back where other processes are at work too."""
+
+_WATCHED_SECONDS, _OTHERS_CORES = 1.0, 0.25
+"""Where all other processes together take less than this many cores for so long, what training leaves is idle."""
 
 _STARVED_SECONDS = 1.0
 """For so long somebody has waited for items while the thread that makes them was ready to run and had no core."""
@@ -38,9 +42,9 @@ class Prefetcher(Generic[T]):
     Items come in the source's order. An exception of the source is raised by ``next`` at the place where the item
     would have come. ``close`` ends the thread: it waits for the item being made, and for no other.
 
-    On Linux the thread takes only what cores others leave idle, and gives a core back at once, so that training's own
-    threads never wait for it. Where other programs leave nothing idle, a second thread goes on in its place, which
-    takes a small part of busy cores too.
+    Where no other process is at work, Linux gives the thread a core only while that is idle, so that training's own
+    threads never wait for one. If others come and leave nothing idle, a second thread goes on in its place, as a thread
+    cannot take that back: it has a small part of a busy core.
     """
 
     def __init__(self, source: Iterable[T], depth: int, name: str = "prefetch") -> None:
@@ -112,18 +116,18 @@ class Prefetcher(Generic[T]):
 
     def _fill(self, source: Iterable[T]) -> None:
         """The first thread: ends after the source's last item, its exception, ``close``, or when it starves."""
-        _wait_for_idle_cores()
-        self._left.put(self._make(source, self._starved))
+        _stand_back()
+        self._left.put(self._make(source, _Others()))
 
     def _go_on(self) -> None:
         """The second thread: goes on with what the first has left."""
         _stand_back()
         left = self._left.get()
         if left is not None:
-            self._make(left, threading.Event())
+            self._make(left, None)
 
-    def _make(self, source: Iterable[T], until: threading.Event) -> Iterator[T] | None:
-        """Make items; returns what is left of the source where ``until`` was set, None where nothing is."""
+    def _make(self, source: Iterable[T], others: _Others | None) -> Iterator[T] | None:
+        """Make items; returns what is left of the source where this thread starves, None where nothing is."""
         last: _End | _Failure = _End()
         try:
             items = iter(source)
@@ -131,8 +135,10 @@ class Prefetcher(Generic[T]):
                 self._items.put(item)
                 if self._stop.is_set():
                     break
-                if until.is_set():
-                    return items
+                if others is not None:
+                    if self._starved.is_set():
+                        return items
+                    others.give_way_if_resting()
             if isinstance(items, Generator):
                 items.close()  # here, and not whenever it is collected: it may have to tell the other ranks
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread, whatever it is
@@ -141,12 +147,32 @@ class Prefetcher(Generic[T]):
         return None
 
 
-def _wait_for_idle_cores() -> None:
-    """Have this thread run only on cores that are idle, where it can be seen whether there are any."""
-    if _sched_stat(threading.get_native_id()).exists():
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        _stand_back()
+class _Others:
+    """The other processes of this host, as one thread sees them that gives way to its own process only."""
+
+    def __init__(self) -> None:
+        self._begin, self._before, self._gave_way = time.monotonic(), _seconds_of_others(), False
+
+    def give_way_if_resting(self) -> None:
+        """Have this thread run on idle cores only, for good, once the others have taken next to nothing for a while."""
+        seconds = time.monotonic() - self._begin
+        if self._gave_way or seconds < _WATCHED_SECONDS:
+            return
+        begin, before = self._begin + seconds, self._before
+        self._begin, self._before = begin, _seconds_of_others()
+        if self._before - before < _OTHERS_CORES * seconds:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            self._gave_way = True
+
+
+def _seconds_of_others() -> float:
+    """Time that all cores have worked for other processes; infinite where the system does not say."""
+    try:
+        user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except (OSError, ValueError):
+        return math.inf
+    busy = sum(map(int, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:2])
 
 
 def _stand_back() -> None:
