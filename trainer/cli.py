@@ -6,22 +6,17 @@ Imports no torch at the top, so that ``--help`` is there at once.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from trainer.errors import UserError
+from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
+from trainer.errors import LostLinkError, UserError
 from trainer.world import is_first_of_job
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 (argparse's only name)
-
-DONE, MISTAKE, RESTART, INTERRUPTED = 0, 1, 75, 130
-"""Exit codes: finished, a user's mistake, stopped in a state to restart from (EX_TEMPFAIL of sysexits.h), Ctrl-C."""
 
 _EPILOG = """
 exit codes: 0 done, 1 a mistake of the user (one line says which), 75 stopped in a state to restart from,
@@ -180,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = arguments.handler(arguments)
     except UserError as error:
         code = _complain(error)
+    except LostLinkError as error:
+        sys.stdout.flush()
+        leave(f"{error}; {how_to_go_on()}")
     except KeyboardInterrupt:
         if is_first_of_job():
             sys.stderr.write("interrupted; what had been saved is whole\n")
@@ -193,9 +191,7 @@ def _complain(error: UserError) -> int:
     line = f"error: {' '.join(str(error).split())}"
     if is_first_of_job():
         sys.stderr.write(line + "\n")
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        Path(error_file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    note_for_launcher(line)
     return MISTAKE
 
 

@@ -19,6 +19,7 @@ from trainer.dataset import open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
+from trainer.guard import STACKS, Guard
 from trainer.manifest import write_atomically
 from trainer.plots import GROWTH, draw_growth
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
@@ -29,7 +30,7 @@ from trainer.sharding import plan_rows, quiet_libraries
 from trainer.tables import lay_out, spaces_of
 from trainer.world import World, join_world, launched, ranks_launched
 
-_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json", GROWTH)
+_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json", GROWTH, STACKS)
 """All that a run writes in its output."""
 
 
@@ -47,15 +48,17 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
         raise ConfigError(f"--fresh would delete the run in {output}; add --yes to confirm, or name another output")
     log_to_terminal()
     quiet_libraries()
-    with join_world(standalone=not launched()) as world:
+    guard = Guard(config.preemption, config.watchdog, output / STACKS)
+    with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
         if fresh:
             _clear(output, world)
         run = start(open_inputs(config, world), world)
         _announce(run)
         try:
-            finished = loop.train(run)
+            with guard.work():
+                finished = loop.train(run, guard)
             if finished:
-                _finish(run)
+                _finish(run, guard)
         except UserError:
             with suppress(OutputError):  # the mistake is what the user must hear of
                 _draw(run)
@@ -130,9 +133,9 @@ def _announce(run: Run) -> None:
     sys.stderr.write(f"{describe_plan(rows)}\n{ranks} on {state.world.device.type}{resumed}\n")
 
 
-def _finish(run: Run) -> None:
+def _finish(run: Run, guard: Guard) -> None:
     """Score the test data and say and write the result. Collective."""
-    metrics, path = loop.test_best(run), Path(run.config.output) / "result.json"
+    metrics, path = loop.test_best(run, guard), Path(run.config.output) / "result.json"
     with run.state.world.together():
         if not metrics or not run.state.world.is_chief:
             return

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.guard import PreemptionConfig, WatchdogConfig
 from trainer.recipe import DenseOptimizerConfig, InitConfig, PrecisionConfig, SparseOptimizerConfig, require
 
 ShardingType = Literal[
@@ -336,6 +337,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    preemption: PreemptionConfig = field(default_factory=PreemptionConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     rename: dict[str, str] = field(default_factory=dict)
     """Old name -> public name, for ``import``: what a state dict calls otherwise. Changes nothing else."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data import read_batches, steps_per_epoch
 from trainer.dataset import Dataset
@@ -28,8 +29,11 @@ def score(
     data: DataConfig,
     prefix: str,
     tick: Callable[[int], object] = lambda rows: None,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Metrics of every row of ``dataset`` under ``prefix``, equal on every rank. Collective.
+
+    Empty if ``wants_stop``, which is asked before each batch, was true on a rank: then all ranks give up.
 
     Ids without a row read the cold row; ``{prefix}_unknown_ids`` counts their sightings. With a probability column,
     also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the generating probability itself
@@ -43,25 +47,37 @@ def score(
     possible = Predictions(device)
     state.model.eval()
     try:
-        with _rows_once(state, dataset, columns, data) as (feed, steps), torch.no_grad():
-            batches = feed.batches(steps)
-            for _ in range(steps):
-                prediction = state.pipeline.progress(batches)
+        with _rows_once(state, dataset, columns, data, wants_stop) as (feed, steps), torch.no_grad():
+            for prediction in _predictions(state, feed.batches(steps)):
                 _add(scored, prediction, device, bool(columns.user))
                 if columns.probability:
                     _add_possible(possible, prediction, device)
                 tick(prediction.batch.global_rows)
     finally:
         state.model.train()
+    unknown_ids = float(state.take_unknown())
+    if feed.stopped:
+        return {}
     report = evaluate_everywhere(scored, prefix)
     if columns.probability:
         best = evaluate_everywhere(possible, prefix)
         report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
-    return report | {f"{prefix}_unknown_ids": float(state.take_unknown())}
+    return report | {f"{prefix}_unknown_ids": unknown_ids}
+
+
+def _predictions(state: TrainState, batches: Iterator[Batch]) -> Iterator[Prediction]:
+    while True:
+        try:
+            prediction = state.pipeline.progress(batches)
+        except StopIteration:
+            return
+        yield prediction
 
 
 @contextmanager
-def _rows_once(state: TrainState, dataset: Dataset, columns: Columns, data: DataConfig) -> Iterator[tuple[Feed, int]]:
+def _rows_once(
+    state: TrainState, dataset: Dataset, columns: Columns, data: DataConfig, wants_stop: Callable[[], bool]
+) -> Iterator[tuple[Feed, int]]:
     """Every row once, in the order of the files, and the number of steps that this takes.
 
     One stream per rank: metrics do not depend on how rows are spread, so any number of ranks will do.
@@ -84,7 +100,7 @@ def _rows_once(state: TrainState, dataset: Dataset, columns: Columns, data: Data
     exchange = Exchange(world.rank, world.size)
     mapper = Mapper(state, columns.sparse, dataset.place_of, exchange, learns=False)
     try:
-        with Feed(raw, mapper, exchange, depth=data.prefetch_batches) as feed:
+        with Feed(raw, mapper, exchange, depth=data.prefetch_batches, wants_stop=wants_stop) as feed:
             feed.segment(steps)
             yield feed, steps
     finally:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import signal
+import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from trainer import checkpoint
+from trainer import manifest as manifests
 from trainer.batch import Batch
 from trainer.config import RunConfig
 from trainer.data import read_batches, spans_of, steps_per_epoch
+from trainer.ending import resume_with
+from trainer.errors import CheckpointError
 from trainer.evaluation import score
 from trainer.exchange import Exchange
 from trainer.feed import Feed, Pause
 from trainer.growth import CannotGrowError, grow
+from trainer.guard import Guard
 from trainer.mapping import Mapper
 from trainer.metrics import ClickSums
 from trainer.occupancy import Growths, describe_growth, table_values
@@ -27,20 +30,17 @@ from trainer.rows import RawBatch, steps_before
 from trainer.run import Run, describe
 from trainer.state import TrainState
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-
-def train(run: Run) -> bool:
-    """Train to the end of the run; True if it got there, False if a signal asked it to stop in a state to go on from.
+def train(run: Run, guard: Guard | None = None) -> bool:
+    """Train to the end of the run; True if it got there, False if the guard wanted it to stop, in a state to go on from.
 
     Collective. The state is saved at the end either way.
     """
-    session = _Session(run)
-    with (
-        stop_requested() as wants_stop,
-        session.report() as report,
-    ):
-        session.run(report, wants_stop)
+    session = _Session(run, guard or Guard(run.config.preemption, run.config.watchdog, Path(run.config.output)))
+    with session.report() as report:
+        session.run(report)
+        if session.interrupted:
+            report.say(f"stopped at step {session.step}/{session.total_steps} and saved; {resume_with()}")
     return not session.interrupted
 
 
@@ -76,8 +76,8 @@ def has_stalled(evaluations: list[tuple[int, float]], config: RunConfig) -> bool
 class _Session:
     """One call of ``train``: what has been reached, and what happens at the boundaries."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    def __init__(self, run: Run, guard: Guard) -> None:
+        self._run, self._guard = run, guard
         self._epoch_steps = steps_per_epoch(run.inputs.train, run.config.data)
         self.total_steps = total_steps_of(run.config, self._epoch_steps)
         self.cursor = run.cursor
@@ -115,10 +115,11 @@ class _Session:
                 rows=self.rows,
             )
 
-    def run(self, report: Report, wants_stop: _Flag) -> None:
+    def run(self, report: Report) -> None:
         """Train segment by segment until the end, a stall or a signal."""
         run, data = self._run, self._run.inputs
-        if self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
+        self._score_what_was_left(report)
+        if self.interrupted or self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
             return
         exchange = Exchange(run.state.world.rank, run.state.world.size)
         mapper = Mapper(run.state, data.columns.sparse, data.train.place_of, exchange, learns=True)
@@ -127,7 +128,7 @@ class _Session:
             mapper,
             exchange,
             depth=run.config.data.prefetch_batches,
-            wants_stop=wants_stop.is_set,
+            wants_stop=self._guard.wants_stop,
         )
         with feed:
             for boundary in boundaries(self.step, self.total_steps, self._epoch_steps, run.config):
@@ -174,6 +175,7 @@ class _Session:
     def _until_pause(self, batches: Iterator[Batch], sums: ClickSums, report: Report) -> None:
         """Train all of ``batches``; then nothing is in flight."""
         state = self._run.state
+        self._guard.step()
         pipeline, prepared = state.pipeline, _with_fresh_rows(batches, state)
         while True:
             try:
@@ -183,6 +185,7 @@ class _Session:
             labels = prediction.batch.labels[: prediction.batch.num_rows]
             sums.update(prediction.logits, labels, torch.ones_like(labels))
             self.cursor = prediction.batch.cursor
+            self._guard.step()
             report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
 
     def _make_room(self, pause: Pause, growths: Growths, report: Report) -> bool:
@@ -210,8 +213,8 @@ class _Session:
             self._expire()
         if values:
             values |= table_values(self._run.state)
-        evaluated = not self.interrupted and self._is_due(self._run.config.evaluation.every_steps or self._epoch_steps)
-        if evaluated and self._run.inputs.validation is not None:
+        evaluated = not self.interrupted and self._scores_now()
+        if evaluated:
             values |= self._validate()
         if values:
             report.say(segment_line(self.step, self.total_steps, values))
@@ -227,17 +230,53 @@ class _Session:
             if space.vocabulary is not None:
                 space.vocabulary.expire()
 
+    def _scores_now(self) -> bool:
+        return self._is_due(self._run.config.evaluation.every_steps or self._epoch_steps)
+
     def _is_due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.total_steps
 
     def _validate(self) -> dict[str, float]:
-        run = self._run
-        dataset = run.inputs.validation
+        """Score validation, if there is any; given up, and then owed, where a signal wants the run to stop."""
+        run, guard, dataset = self._run, self._guard, self._run.inputs.validation
         if dataset is None:
             return {}
-        metrics = score(run.state, dataset, run.inputs.columns, run.config.data, "validation")
-        self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
+        metrics = score(
+            run.state,
+            dataset,
+            run.inputs.columns,
+            run.config.data,
+            "validation",
+            tick=_steps_of(guard, dataset.num_rows),
+            wants_stop=guard.wants_stop,
+        )
+        if metrics:
+            self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
+        else:
+            self.interrupted = True
         return metrics
+
+    def _score_what_was_left(self, report: Report) -> None:
+        """Score validation where a stop left that undone, and add the result to the checkpoint."""
+        run, world = self._run, self._run.state.world
+        scored = {step for step, _ in self.evaluations}
+        if not (self._saved and self.step and self._scores_now()) or self.step in scored:
+            return
+        values = self._validate()
+        if not values:
+            return
+        report.say(segment_line(self.step, self.total_steps, values))
+        path = checkpoint.path_of(run.checkpoints, self.step)
+        with world.together():
+            report.amend(self.step, values)
+            if world.is_chief:
+                manifest = dataclasses.replace(manifests.read(path), evaluations=tuple(self.evaluations))
+                try:
+                    manifests.write(path, manifest)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"cannot write checkpoint {path}: {error.strerror}; free some space"
+                    ) from error
 
     def _save(self) -> None:
         run = self._run
@@ -251,7 +290,7 @@ class _Session:
             checkpoint.retain(run.checkpoints, run.config.checkpoint.keep, best[0] if best else None)
 
 
-def test_best(run: Run) -> dict[str, float]:
+def test_best(run: Run, guard: Guard) -> dict[str, float]:
     """Score ``data.test`` with the best checkpoint by validation, else the newest. Collective.
 
     The state is then that checkpoint's.
@@ -266,9 +305,28 @@ def test_best(run: Run) -> dict[str, float]:
     with world.together():
         checkpoint.load(path, manifest, run.state)
     with closing(progress_bar("testing", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
-        tick = bar.update if bar is not None else lambda rows: None
+        step = _steps_of(guard, dataset.num_rows)
+
+        def tick(rows: int) -> None:
+            step(rows)
+            if bar is not None:
+                bar.update(rows)
+
         metrics = score(run.state, dataset, run.inputs.columns, run.config.data, "test", tick)
     return {"test_step": float(manifest.step), **metrics}
+
+
+def _steps_of(guard: Guard, rows: int) -> Callable[[int], None]:
+    """What tells the guard of batches as they are scored; ``rows`` in all."""
+    guard.step()
+    left = rows
+
+    def tick(rows: int) -> None:
+        nonlocal left
+        left -= rows
+        (guard.step if left else guard.pause)()
+
+    return tick
 
 
 def _with_fresh_rows(batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
@@ -276,30 +334,3 @@ def _with_fresh_rows(batches: Iterator[Batch], state: TrainState) -> Iterator[Ba
     for batch in batches:
         state.write_fresh(batch.fresh)
         yield batch
-
-
-class _Flag:
-    """Set by a signal handler, read by the feed's thread."""
-
-    def __init__(self) -> None:
-        self._set = False
-
-    def set(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
-        self._set = True
-
-    def is_set(self) -> bool:
-        """Whether a signal has come."""
-        return self._set
-
-
-@contextmanager
-def stop_requested() -> Iterator[_Flag]:
-    """A flag that SIGTERM and SIGUSR1 set instead of ending the process."""
-    flag = _Flag()
-    before = {number: signal.signal(number, flag.set) for number in _STOP_SIGNALS}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +90,23 @@ class Report:
         except OSError as error:
             raise _not_written(self._path, error) from error
 
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Add numbers to what was recorded last, which was about ``step``.
+
+        Raises:
+            OutputError: the files cannot be written.
+        """
+        if self._path is None:
+            return
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            before = json.loads(lines.pop()) if lines and _step_of(lines[-1]) == step else {"step": step}
+            _replace(self._path, [*lines, json.dumps({**before, **values}) + "\n"])
+            if self._events is not None:
+                self._events.add(step, values)
+        except OSError as error:
+            raise _not_written(self._path, error) from error
+
 
 class _Events:
     """A TensorBoard event file, written by the calling thread: torch's writer has one of its own, which a full disk
@@ -132,8 +149,12 @@ def _cut_off(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    _replace(path, kept)
+
+
+def _replace(path: Path, lines: Sequence[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -171,8 +192,10 @@ _SHOWN = {
 
 
 def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """What a reader wants of a segment: a line about training, and one about validation if it was scored."""
-    lines = [f"step {step}/{total_steps}  {values['rows_per_second']:,.0f} rows/s"]
+    """What a reader wants of a segment: a line about training, and one about validation, as far as there are numbers."""
+    lines = [f"step {step}/{total_steps}"]
+    if "rows_per_second" in values:
+        lines[0] += f"  {values['rows_per_second']:,.0f} rows/s"
     for prefix in ("train", "validation"):
         shown = [
             f"{label} {values[f'{prefix}_{name}']:.4f}"

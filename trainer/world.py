@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer.errors import ConfigError, UserError
+from trainer.errors import ConfigError, LostLinkError, UserError
+from trainer.peers import Peer, who_is_gone
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(minutes=10)
+_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +90,26 @@ def ranks_launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def own_rank() -> int:
+    """This process's rank in its job; may be asked before the world is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_of_job() -> bool:
     """Whether this process is the one that speaks for the job; may be asked before the world is joined."""
-    return os.environ.get("RANK", "0") == "0"
+    return own_rank() == 0
 
 
 @contextmanager
-def join_world(*, standalone: bool) -> Iterator[World]:
+def join_world(*, standalone: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -> Iterator[World]:
     """Join the process group of the job, or with ``standalone`` a world of one; leave it at the end.
 
     The device is CUDA where the host has it, one for each of its ranks, else the CPU; the backend follows from it.
+    A rank waits ``timeout_seconds`` for another at most.
 
     Raises:
         ConfigError: the host has GPUs, and fewer of them than ranks.
+        LostLinkError: another rank is gone or does not answer; only ending the process is left.
     """
     import torch
     import torch.distributed as dist
@@ -117,13 +123,35 @@ def join_world(*, standalone: bool) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    with tempfile.TemporaryDirectory(prefix="shardrec-") as folder:
-        store = dist.FileStore(str(Path(folder) / "store"), 1) if standalone else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-        try:
-            yield World(rank, local_rank, size, local_size, device)
-        finally:
+    world = World(rank, local_rank, size, local_size, device)
+    own = Peer.of_this_process(rank, local_rank)
+    peers, lost = [own], False
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore() if standalone else None,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+        peers = world.gather(own)
+        yield world
+    except RuntimeError as error:
+        lost = _is_lost_link(error)
+        if not lost:
+            raise
+        gone = who_is_gone(own, peers) or "another rank is gone or does not answer"
+        raise LostLinkError(f"{gone} ({str(error).splitlines()[0]})") from error
+    finally:
+        if not lost and dist.is_initialized():  # the group of a lost rank may wait for it for ever
             dist.destroy_process_group()
+
+
+def _is_lost_link(error: RuntimeError) -> bool:
+    """Whether an error is of communication: torch's own kinds, and gloo's, which only their text tells apart."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
