@@ -60,7 +60,7 @@ class WatchdogConfig:
     """When a rank counts as stalled."""
 
     stall_seconds: float = 600.0
-    """Longest time between two steps of training or scoring; then every rank writes its stacks and ends. 0: none does."""
+    """Longest time between two batches trained or scored; then every rank writes its stacks and ends. 0: no limit."""
 
     pause_seconds: float = 3600.0
     """The same for all else, such as start, growth or a save, and the longest that a rank waits for another."""
@@ -89,8 +89,8 @@ class Guard:
         self._grace, self._watchdog, self._stacks = preemption.grace_seconds, watchdog, stacks
         self._has_work = False
         self._asked_at = math.inf
-        self._watched = (time.monotonic(), watchdog.pause_seconds)
-        """When there was progress, and how long it may take until there is again."""
+        self._progress = (time.monotonic(), "pause_seconds")
+        """When there was some, and the key of how long it may take until there is again."""
 
     def wants_stop(self) -> bool:
         """Whether a signal asked the run to stop."""
@@ -98,11 +98,11 @@ class Guard:
 
     def step(self) -> None:
         """Note that a batch was trained or scored, and that the next one follows."""
-        self._watched = (time.monotonic(), self._watchdog.stall_seconds)
+        self._progress = (time.monotonic(), "stall_seconds")
 
     def pause(self) -> None:
         """Note that something else than batches follows, which may take longer."""
-        self._watched = (time.monotonic(), self._watchdog.pause_seconds)
+        self._progress = (time.monotonic(), "pause_seconds")
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -164,15 +164,15 @@ class Guard:
             )
         if not self._watchdog.stall_seconds:
             return
-        since, limit = self._watched
+        since, key = self._progress
+        limit = getattr(self._watchdog, key)
         faulthandler.dump_traceback_later(limit + _LAST_RESORT, file=_STDERR, exit=True)
         if now - since > limit:
-            faulthandler.dump_traceback_later(
-                _LAST_RESORT, file=_STDERR, exit=True
-            )  # the folder may be what does not answer
+            # Armed anew, as the folder may be what does not answer.
+            faulthandler.dump_traceback_later(_LAST_RESORT, file=_STDERR, exit=True)
             where = self._dump_stacks()
-            why = f"no progress in {limit:g} s (watchdog); its stacks are {where}; {how_to_go_on()}"
-            leave(why, linger=_LINGER)
+            why = f"no progress in {limit:g} s (watchdog.{key}); the stacks of its threads are {where}"
+            leave(f"{why}; {how_to_go_on()}", linger=_LINGER)
 
     def _dump_stacks(self) -> str:
         path = self._stacks / f"rank-{own_rank()}.txt"

@@ -32,7 +32,7 @@ from trainer.state import TrainState
 
 
 def train(run: Run, guard: Guard | None = None) -> bool:
-    """Train to the end of the run; True if it got there, False if the guard wanted it to stop, in a state to go on from.
+    """Train to the end of the run; True if it got there, False if a signal stopped it in a state to go on from.
 
     Collective. The state is saved at the end either way.
     """

@@ -192,7 +192,7 @@ _SHOWN = {
 
 
 def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """What a reader wants of a segment: a line about training, and one about validation, as far as there are numbers."""
+    """What a reader wants of a segment: a line about training, and one about validation; what there is of them."""
     lines = [f"step {step}/{total_steps}"]
     if "rows_per_second" in values:
         lines[0] += f"  {values['rows_per_second']:,.0f} rows/s"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,10 +142,16 @@ def join_world(*, standalone: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -
         if not lost:
             raise
         gone = who_is_gone(own, peers) or "another rank is gone or does not answer"
-        raise LostLinkError(f"{gone} ({str(error).splitlines()[0]})") from error
+        raise LostLinkError(f"{gone} ({_first_sentence(error)})") from error
     finally:
         if not lost and dist.is_initialized():  # the group of a lost rank may wait for it for ever
             dist.destroy_process_group()
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """What an error says, without the place in torch's sources before it and the advice after it."""
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+\] ", "", line).partition(". ")[0]
 
 
 def _is_lost_link(error: RuntimeError) -> bool:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import shutil
 import signal
-import socket
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tqdm import tqdm
 
+from tests.distributed.forks import expect_success, import_as_forks_do, run_forks, warm_up
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_growing import sharded_only
 from tests.distributed.training import train
 from tests.small_data import run_plain
 from trainer import checkpoint, growth, loop, sharding, state, world
 from trainer.digest import digests
-from trainer.idmap import Deduplicator, IdMap
 from trainer.sharding import Placements, plan_tables, quiet_libraries
 from trainer.spaces import IdSpace
 from trainer.state import TrainState
@@ -48,9 +42,6 @@ PLACES = tuple(inspect.getfile(module) for module in (growth, sharding, state, w
 """Of the functions that they call only these count, with those of torch.distributed: the rest changes nothing."""
 
 STAGES = ("slots_used", "_build", "shard_collection", "_put", "set_tables", "connect_tables", "_copy", "_cells")
-LONGEST_SECONDS = 60
-DIES_SECONDS = 5
-
 Visit = Callable[[str], None]
 
 
@@ -125,7 +116,6 @@ def kill_everywhere(directory: Path, world_size: int) -> tuple[dict[str, str], l
     Runs as one process that forks the ranks of all runs, as importing takes longer than such a run.
     """
     quiet_libraries()
-    tempfile.tempdir = str(directory)  # those killed leave their folders
     warm_up()
     if world_size == 2:
         growth._placements = placed_by_rows
@@ -138,12 +128,11 @@ def kill_everywhere(directory: Path, world_size: int) -> tuple[dict[str, str], l
         _train(whole)
         modules.write_text("\n".join(sys.modules))
 
-    _expect_success(_run(uninterrupted, world_size))
-    for name in modules.read_text().split():  # what a run imports late it need not import again in each fork
-        importlib.import_module(name)
+    expect_success(run_forks(uninterrupted, world_size))
+    import_as_forks_do(modules)  # also what a run imports late
     points = [note.read_text().split() for note in notes]
     saved = described(directory, directory / "saved", world_size)
-    _expect_success(_run(lambda rank: _train(saved | {"max_steps": SAVED_STEP}), world_size))
+    expect_success(run_forks(lambda rank: _train(saved | {"max_steps": SAVED_STEP}), world_size))
     found = []
     for number in range(max(map(len, points))):
         output = directory / f"killed-{number}"
@@ -152,13 +141,6 @@ def kill_everywhere(directory: Path, world_size: int) -> tuple[dict[str, str], l
         at = min(number, len(points[victim]) - 1)
         found.append(_kill(described(directory, output, world_size), victim, at, points[victim][at], world_size))
     return _digests(Path(whole["output"])), points, found
-
-
-def warm_up() -> None:
-    """Load now what every fork would load again: compiled code, and the progress bar's lock."""
-    Deduplicator()(IdMap().assign(np.arange(3)).slots.astype(np.int64))
-    IdMap.from_arrays(np.arange(3), np.ones(3, dtype=bool))
-    tqdm.get_lock()
 
 
 def placed_by_rows(state: TrainState, physical: Sequence[PhysicalTable], space: IdSpace, stripe: int) -> Placements:
@@ -181,9 +163,9 @@ def _kill(plain: dict[str, Any], victim: int, at: int, point: str, world_size: i
             trace_growth(visit)
         _train(plain)
 
-    ended = _run(killed, world_size, victim)
+    ended = run_forks(killed, world_size, victim)
     steps = [path.name for path in sorted((output / "checkpoints").iterdir()) if checkpoint.whole(path)]
-    _expect_success(_run(lambda rank: _train(plain), world_size))
+    expect_success(run_forks(lambda rank: _train(plain), world_size))
     return Killed(f"{point} ({at}, rank {victim})", ended, [int(step[5:]) for step in steps], _digests(output))
 
 
@@ -225,44 +207,3 @@ def _digests(output: Path) -> dict[str, str]:
     path, manifest = checkpoint.newest_good(output / "checkpoints")
     assert manifest.step == STEPS
     return dict(digests(path, manifest))
-
-
-def _expect_success(ended: list[int]) -> None:
-    assert not any(ended), f"exit codes {ended}"
-
-
-def _run(function: Callable[[int], None], world_size: int, victim: int = 0) -> list[int]:
-    """Run ``function`` in a fork for each rank; their exit codes, minus a signal if one ended it.
-
-    Once the victim has died, the others get a moment to find out, and are then killed, as a launcher does.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    pids = [_fork(function, rank, world_size, port) for rank in range(world_size)]
-    codes = {pids[victim]: os.waitstatus_to_exitcode(os.waitpid(pids[victim], 0)[1])}
-    deadline = time.monotonic() + (DIES_SECONDS if codes[pids[victim]] else LONGEST_SECONDS)
-    for pid in set(pids) - set(codes):
-        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
-        codes[pid] = os.waitstatus_to_exitcode(ended[1])
-    return [codes[pid] for pid in pids]
-
-
-def _fork(function: Callable[[int], None], rank: int, world_size: int, port: str) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        signal.alarm(LONGEST_SECONDS)  # one that hangs ends itself
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        function(rank)
-        code = 0
-    except BaseException:  # noqa: BLE001 - a fork must end here, whatever it was
-        traceback.print_exc()
-    finally:
-        os._exit(code)
