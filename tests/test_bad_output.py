@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import call, digests
 from tests.resources import largest_file, small_disk
-from trainer import loop
+from trainer.guard import Guard
 
 ROOT = Path(__file__).parent.parent
 LONG = ("--set", "data.epochs=10")
@@ -190,12 +189,6 @@ def test_a_run_that_is_stopped_before_its_first_step_leaves_its_checkpoint_alone
     assert call(*argv, "--set", "max_steps=10").code == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
 
-    @contextlib.contextmanager
-    def at_once() -> Iterator[loop._Flag]:
-        flag = loop._Flag()
-        flag.set(signal.SIGTERM, None)
-        yield flag
-
-    monkeypatch.setattr(loop, "stop_requested", at_once)
+    monkeypatch.setattr(Guard, "wants_stop", lambda self: True)
     assert call(*argv).code == 75
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")} == before

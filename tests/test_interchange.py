@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from tests.plain_model import (
     write_events,
 )
 from tests.small_data import run_toml, write_click_log
-from trainer import loop
+from trainer.guard import Guard
 
 
 @pytest.fixture(scope="module")
@@ -209,13 +207,7 @@ def test_a_stop_before_the_first_step_leaves_the_imported_checkpoint_alone(
     manifest = tmp_path / "run" / "checkpoints" / "step-00000000" / "manifest.json"
     written = manifest.stat()
 
-    @contextmanager
-    def stop_at_once() -> Iterator[loop._Flag]:
-        flag = loop._Flag()
-        flag.set(0, None)
-        yield flag
-
-    monkeypatch.setattr(loop, "stop_requested", stop_at_once)
+    monkeypatch.setattr(Guard, "wants_stop", lambda self: True)
     before = call("train", config)
     assert before.code == 75, before.errors
     assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)

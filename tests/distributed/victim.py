@@ -1,7 +1,7 @@
-"""``python -m trainer`` for tests of restarts: ends itself, or waits, at a step that the environment names.
+"""``python -m trainer`` as tests of torchrun start it: faults happen at given steps, and what is trained on is noted.
 
-``FAULTS`` is JSON: a list of [first step, world size, rank, what], each of which happens once in a job. ``what`` is the
-name of a function below. ``NOTES`` is a folder for what happened.
+In the environment: ``HOST`` names this process's torchrun; ``FAULTS`` is JSON, a list of [step, ranks of the job, host,
+local rank, what], each of which happens once in a job; ``NOTES`` is the folder for what happened.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from trainer.batch import Batch
 from trainer.cli import main
 from trainer.loop import _Session
-from trainer.report import Report
 
 NOTES = Path(os.environ["NOTES"])
 
@@ -25,7 +25,7 @@ def kill() -> None:
 
 
 def kill_host() -> None:
-    """The rank and its launcher die."""
+    """The rank dies, and before it its torchrun."""
     os.kill(os.getppid(), signal.SIGKILL)
     kill()
 
@@ -35,36 +35,29 @@ def wait() -> None:
     signal.pause()
 
 
-def visit(session: _Session, world: Any, faults: list[list[Any]]) -> None:
-    for number, (step, size, rank, what) in enumerate(faults):
-        if (size, rank) == (world.size, world.rank) and session.step >= step and _is_new(NOTES / f"fault-{number}"):
-            globals()[what]()
+WHAT = {function.__name__: function for function in (kill, kill_host, wait)}
 
 
-def _is_new(path: Path) -> bool:
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+def watched(batches: Iterator[Batch], session: _Session) -> Iterator[Batch]:
+    """The batches; each is noted when it is taken, and brings on the faults that are due."""
+    world = session._run.state.world
+    notes = NOTES / f"rows-{world.size}-{world.rank}-{os.getpid()}"
+    for batch in batches:
+        step = batch.cursor.epoch * 1000 + batch.cursor.step
+        rows = [int(row) for row in batch.raw.row_numbers if row >= 0]
+        with notes.open("a") as file:
+            file.write(json.dumps([step, rows]) + "\n")
+        for number, (at, *who, what) in enumerate(json.loads(os.environ["FAULTS"])):
+            here = [world.size, os.environ["HOST"], world.local_rank]
+            if who == here and step >= at and not (done := NOTES / f"fault-{number}").exists():
+                done.touch()
+                WHAT[what]()
+        yield batch
 
 
 if __name__ == "__main__":
-    faults = json.loads(os.environ["FAULTS"])
-    inner = _Session._until_pause
-
-    def until_pause(self: _Session, batches: Any, sums: Any, report: Report) -> None:
-        tick = report.tick
-
-        def visited(*arguments: Any) -> None:
-            tick(*arguments)
-            visit(self, self._run.state.world, faults)
-
-        report.tick = visited  # type: ignore[method-assign]
-        try:
-            inner(self, batches, sums, report)
-        finally:
-            report.tick = tick  # type: ignore[method-assign]
-
-    _Session._until_pause = until_pause  # type: ignore[method-assign]
+    until_pause = _Session._until_pause
+    _Session._until_pause = (  # type: ignore[method-assign]
+        lambda self, batches, *others: until_pause(self, watched(batches, self), *others)
+    )
     main()
