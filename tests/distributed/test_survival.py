@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.distributed.faults import (
+    Fault,
+    KnownGuard,
+    ask_before_scoring,
+    ask_to_stop,
+    at_step,
+    die,
+    get_signal_before_training,
+    hang_in_the_source,
+    lock_up,
+    nothing,
+    only,
+    save_longer_than_the_grace,
+    signal_twice_in_a_save,
+)
 from tests.distributed.forks import import_as_forks_do, run_forks, warm_up
 from tests.distributed.ranks import run_ranks
 from tests.small_data import run_toml, write_click_log
-from trainer import checkpoint, commands, ending, guard, loop
+from trainer import checkpoint, commands, loop
+from trainer.batch import Batch
 from trainer.cli import main
 from trainer.digest import digests
-from trainer.guard import Guard
-from trainer.manifest import Manifest
+from trainer.rows import steps_before
+from trainer.state import TrainState
 
+ROOT = Path(__file__).parent.parent.parent
 EPOCH_STEPS, STEPS = 10, 20
 """Validation is scored after each of the two epochs; there is a checkpoint every 5 steps."""
 
 PREFETCHED = ("data.prefetch_batches=2", "segment_steps=10", "checkpoint.every_steps=10")
 IN_FLIGHT = 3
 """Batches inside the training pipeline."""
-
-Fault = Callable[[int], None]
-"""What is done to a rank, given its number, before it starts."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,10 @@ class Ended:
     """Step of the newest whole checkpoint."""
 
     finished: dict[str, Any]
-    """What the restart ended with: digests, scorings and the numbers of metrics.jsonl that do not depend on time."""
+    """What the restart ended with: digests, and the scores of validation and test."""
+
+    rows: dict[int, list[int]]
+    """By step, the numbers of the rows that it was last trained on, over all ranks."""
 
     def line(self, rank: int, pattern: str) -> str:
         """The one line of a rank about its end, in which ``pattern`` is found."""
@@ -64,158 +79,11 @@ class Ended:
         return lines[0]
 
 
-# What happens to ranks
+def survive(directory: Path) -> tuple[dict[str, Ended], dict[int, list[int]]]:
+    """What became of each run, by name, and the rows of the job that shrinks and grows.
 
-
-def nothing(rank: int) -> None:
-    """No fault."""
-
-
-def only(victim: int, fault: Callable[[], None]) -> Fault:
-    """A fault of one rank."""
-    return lambda rank: fault() if rank == victim else None
-
-
-def at_step(number: int, act: Callable[[], object]) -> Callable[[], None]:
-    """Do something once that many steps have been trained."""
-
-    def fault() -> None:
-        tick, ticks = loop.Report.tick, iter(range(1, 10**6))
-
-        def counted(self: loop.Report, *arguments: Any) -> None:
-            tick(self, *arguments)
-            if next(ticks) == number:
-                act()
-
-        loop.Report.tick = counted  # type: ignore[method-assign]
-
-    return fault
-
-
-def die() -> None:
-    """Be killed."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang() -> None:
-    """Wait for what never comes, without the GIL."""
-    threading.Event().wait()
-
-
-def ask_to_stop(number: signal.Signals = signal.SIGTERM) -> None:
-    """Get a signal, and go on when it has been heard."""
-    os.kill(os.getpid(), number)
-    while not THE_GUARD[-1].wants_stop():
-        time.sleep(0.001)
-
-
-def ask_before_scoring() -> None:
-    """Be asked to stop when validation is about to be scored."""
-    score = loop.score
-
-    def asked(*arguments: Any, **options: Any) -> dict[str, float]:
-        ask_to_stop(signal.SIGUSR1)
-        return score(*arguments, **options)
-
-    loop.score = asked
-
-
-def signal_twice_in_a_save() -> None:
-    """Be asked to stop, and again when half of the checkpoint is written."""
-    guard._ONE_REQUEST = -1.0
-    at_step(7, ask_to_stop)()
-    save_half(lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-
-def save_longer_than_the_grace() -> None:
-    """Be asked to stop, and never be done with the checkpoint."""
-    at_step(7, ask_to_stop)()
-    save_half(lambda: None)
-
-
-def save_half(then: Callable[[], object]) -> None:
-    """From step 6 on, have checkpoints be left half written by a thread that hangs."""
-    save = checkpoint.save
-
-    def half(path: Path, state: Any, manifest: Manifest) -> Manifest:
-        if manifest.step < 6:
-            return save(path, state, manifest)
-        (path / "shards").mkdir(parents=True)
-        (path / "shards" / "rank-0").write_bytes(b"half")
-        then()
-        hang()
-        raise AssertionError
-
-    loop.checkpoint.save = half
-
-
-def hang_in_the_source(rank: int) -> None:
-    """Have the files not answer rank 1 after some batches, and time pass quickly from then on."""
-    read, monotonic, hangs = loop.read_batches, time.monotonic, Path(os.environ["NOTES"]) / "hangs"
-
-    def hanging(*arguments: Any, **options: Any) -> Iterator[Any]:
-        for number, batch in enumerate(read(*arguments, **options)):
-            if number == 7 and rank == 1:
-                hangs.touch()
-                hang()
-            yield batch
-
-    def wait_for_stacks(_: float) -> None:
-        folder = Path(os.environ["NOTES"]) / "a-source-that-hangs" / guard.STACKS
-        while len(list(folder.glob("*.txt"))) < 2:
-            threading.Event().wait(0.01)
-
-    loop.read_batches = hanging
-    guard.time = SimpleNamespace(monotonic=lambda: monotonic() * (1000 if hangs.exists() else 1))
-    ending.time = SimpleNamespace(time=time.time, sleep=wait_for_stacks)
-
-
-def get_signal_before_training() -> None:
-    """Be asked to stop where there is nothing to save yet."""
-
-    def started(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        hang()
-
-    commands.start = started
-
-
-def lock_up() -> None:
-    """Keep the GIL once the guard counts on progress in a second."""
-    arm, armed = faulthandler.dump_traceback_later, list[float]()
-
-    def noted(seconds: float, **options: Any) -> None:
-        arm(seconds, **options)
-        armed.append(seconds)
-
-    def act() -> None:
-        guard.faulthandler = SimpleNamespace(dump_traceback_later=noted)
-        THE_GUARD[-1]._watchdog = guard.WatchdogConfig(stall_seconds=1, pause_seconds=1)
-        while not armed or armed[-1] > 2:
-            time.sleep(0.001)
-            THE_GUARD[-1].step()
-        ctypes.PyDLL(None).pause()
-
-    guard._LAST_RESORT = 0.5
-    at_step(7, act)()
-
-
-THE_GUARD: list[Guard] = []
-
-
-class KnownGuard(Guard):
-    """A guard that faults can ask whether it has heard."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        THE_GUARD.append(self)
-
-
-# Runs and restarts
-
-
-def survive(directory: Path) -> dict[str, Ended]:
-    """What became of each run, by name. Runs as one process that forks the ranks of all runs."""
+    Runs as one process that forks the ranks of all runs.
+    """
     warm_up()
     commands.Guard = KnownGuard
     os.environ["NOTES"] = str(directory)
@@ -236,7 +104,7 @@ def survive(directory: Path) -> dict[str, Ended]:
         ("a lock-up", 1, only(0, lock_up)),
     ):
         found[name] = _survive(directory, name, world_size, fault, *overrides)
-    return found
+    return found, _shrink_and_grow(directory)
 
 
 def _survive(directory: Path, name: str, world_size: int, fault: Fault, *overrides: str) -> Ended:
@@ -246,7 +114,20 @@ def _survive(directory: Path, name: str, world_size: int, fault: Fault, *overrid
     newest = checkpoint.newest_good(output / "checkpoints")
     again, complaints = _train(directory, output, world_size, nothing)
     assert again == [0] * world_size, complaints
-    return Ended(codes, errors, newest[1].step if newest else 0, _finished(output))
+    return Ended(codes, errors, newest[1].step if newest else 0, _finished(output), _rows(output))
+
+
+def _shrink_and_grow(directory: Path) -> dict[int, list[int]]:
+    """The rows by step of a job of two ranks, then one, then two; asked to stop first, then killed."""
+    output = directory / "elastic"
+    for world_size, fault, code in (
+        (2, only(1, at_step(3, ask_to_stop)), 75),
+        (1, only(0, at_step(9, die)), -signal.SIGKILL),
+        (2, nothing, 0),
+    ):
+        codes, errors = _train(directory, output, world_size, fault)
+        assert codes == [code] * world_size, errors
+    return _rows(output)
 
 
 def _train(
@@ -259,11 +140,37 @@ def _train(
         os.dup2(os.open(f"{output}-{rank}.errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.environ["TORCHELASTIC_ERROR_FILE"] = f"{output}-{rank}.json"
         os.environ |= {"TORCHELASTIC_RESTART_COUNT": "1", "TORCHELASTIC_MAX_RESTARTS": "1"}
+        note_rows(Path(f"{output}.rows") / f"{time.monotonic_ns()}-{rank}")
         fault(rank)
         main(["train", str(directory / "run.toml"), *words])
 
     codes = run_forks(rank_main, world_size, dies_seconds=30)
     return codes, [Path(f"{output}-{rank}.errors").read_text() for rank in range(world_size)]
+
+
+def note_rows(path: Path) -> None:
+    """From now on, write the batches that the pipeline takes to a file: a line [step, numbers of rows] for each."""
+    path.parent.mkdir(exist_ok=True)
+    take = loop._with_fresh_rows
+
+    def noted(batches: Iterator[Batch], state: TrainState) -> Iterator[Batch]:
+        for batch in take(batches, state):
+            step = steps_before(batch.cursor, EPOCH_STEPS)
+            rows = batch.raw.row_numbers[: batch.num_rows].tolist()
+            with path.open("a") as file:
+                file.write(json.dumps([step, state.world.size, rows]) + "\n")
+            yield batch
+
+    loop._with_fresh_rows = noted
+
+
+def _rows(output: Path) -> dict[int, list[int]]:
+    """By step, the rows that the last ranks to take it took."""
+    taken: dict[int, list[list[int]]] = {}
+    for path in sorted(Path(f"{output}.rows").iterdir()):
+        for step, size, rows in map(json.loads, path.read_text().splitlines()):
+            taken[step] = [*taken.get(step, []), rows][-size:]
+    return {step: sorted(row for rows in parts for row in rows) for step, parts in sorted(taken.items())}
 
 
 def _finished(output: Path) -> dict[str, Any]:
@@ -283,11 +190,21 @@ def _finished(output: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def survived(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("survival")
     write_click_log(directory)
     run_toml(directory)
-    return run_ranks(survive, 1, directory, timeout=200)[0]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(directory: Path) -> tuple[dict[str, Ended], dict[int, list[int]]]:
+    return run_ranks(survive, 1, directory, timeout=250)[0]
+
+
+@pytest.fixture(scope="module")
+def survived(runs: tuple[dict[str, Ended], dict[int, list[int]]]) -> dict[str, Ended]:
+    return runs[0]
 
 
 def test_every_restart_ends_where_a_run_that_nothing_disturbed_does(survived: dict[str, Ended]) -> None:
@@ -298,6 +215,43 @@ def test_every_restart_ends_where_a_run_that_nothing_disturbed_does(survived: di
         assert len(undisturbed.finished["digests"]) > 8
     for name, ended in survived.items():
         assert ended.finished == whole[len(ended.codes)].finished, name
+
+
+def test_every_step_has_its_rows_whatever_disturbs_the_job_also_where_it_shrinks_and_grows(
+    runs: tuple[dict[str, Ended], dict[int, list[int]]],
+) -> None:
+    survived, elastic = runs
+    whole = survived["nothing"].rows
+    assert list(whole) == list(range(1, STEPS + 1))
+    every = list(range(640))
+    for epoch in (0, EPOCH_STEPS):
+        assert sorted(row for step in range(1, EPOCH_STEPS + 1) for row in whole[epoch + step]) == every
+    assert elastic == whole
+    for name, ended in survived.items():
+        assert ended.rows == whole, name
+
+
+def test_torchrun_restarts_a_job_of_which_a_rank_was_killed_and_at_last_says_how_to_resume_it(
+    survived: dict[str, Ended], directory: Path
+) -> None:
+    output, torchrun = directory / "torchrun", Path(sys.executable).parent / "torchrun"
+    words = ["--nproc-per-node", "2", "--max-restarts", "1", "-m", "tests.distributed.victim"]
+    command = [sys.executable, torchrun, *words, "train", directory / "run.toml", "--set", f"output={output}"]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "DIES_AFTER": "7"}
+    failed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert "torchrun restarts the ranks (0 of 1 restarts used)\n" in failed.stderr
+    assert "resumed at epoch 0 step 5" in failed.stderr
+    cause = failed.stderr.partition("Root Cause")[2]
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*SIGKILL", cause), failed.stderr
+    last = [line for line in failed.stderr.splitlines() if line.startswith("rank 0 on ")][-1]
+    assert re.search(r": rank 1 \(pid \d+\) is gone \(.*\); all 1 restarts are used; resume with: ", last), last
+    again = shlex.split(last.partition("resume with: ")[2])
+    environment.pop("DIES_AFTER")
+    resumed = subprocess.run(again, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at epoch 1 step 0" in resumed.stderr
+    assert _finished(output) == survived["nothing on two"].finished
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_batches_in_flight(survived: dict[str, Ended]) -> None:

@@ -1,63 +1,22 @@
-"""``python -m trainer`` as tests of torchrun start it: faults happen at given steps, and what is trained on is noted.
-
-In the environment: ``HOST`` names this process's torchrun; ``FAULTS`` is JSON, a list of [step, ranks of the job, host,
-local rank, what], each of which happens once in a job; ``NOTES`` is the folder for what happened.
-"""
+"""``python -m trainer`` whose rank 1 is killed once it has trained as many steps as ``DIES_AFTER`` says, if any."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from trainer.batch import Batch
 from trainer.cli import main
-from trainer.loop import _Session
-
-NOTES = Path(os.environ["NOTES"])
-
-
-def kill() -> None:
-    """The rank dies."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_host() -> None:
-    """The rank dies, and before it its torchrun."""
-    os.kill(os.getppid(), signal.SIGKILL)
-    kill()
-
-
-def wait() -> None:
-    """The rank waits for a signal."""
-    signal.pause()
-
-
-WHAT = {function.__name__: function for function in (kill, kill_host, wait)}
-
-
-def watched(batches: Iterator[Batch], session: _Session) -> Iterator[Batch]:
-    """The batches; each is noted when it is taken, and brings on the faults that are due."""
-    world = session._run.state.world
-    notes = NOTES / f"rows-{world.size}-{world.rank}-{os.getpid()}"
-    for batch in batches:
-        step = batch.cursor.epoch * 1000 + batch.cursor.step
-        rows = [int(row) for row in batch.raw.row_numbers if row >= 0]
-        with notes.open("a") as file:
-            file.write(json.dumps([step, rows]) + "\n")
-        for number, (at, *who, what) in enumerate(json.loads(os.environ["FAULTS"])):
-            here = [world.size, os.environ["HOST"], world.local_rank]
-            if who == here and step >= at and not (done := NOTES / f"fault-{number}").exists():
-                done.touch()
-                WHAT[what]()
-        yield batch
-
+from trainer.report import Report
 
 if __name__ == "__main__":
-    until_pause = _Session._until_pause
-    _Session._until_pause = (  # type: ignore[method-assign]
-        lambda self, batches, *others: until_pause(self, watched(batches, self), *others)
-    )
+    tick, ticks = Report.tick, iter(range(1, 10**6))
+
+    def counted(self: Report, *arguments: Any) -> None:
+        """Tell of a step, and die if it was the last."""
+        tick(self, *arguments)
+        if str(next(ticks)) == os.environ.get("DIES_AFTER") and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Report.tick = counted  # type: ignore[method-assign]
     main()
