@@ -29,7 +29,7 @@ TRAINER = "-m trainer "
 COMPONENT = "launch/components.py:train "
 
 # What commands make and what stands for a file of the reader's own.
-MADE = ("data/", "runs/", "../shared/", "checkpoints/", "tensorboard/", "trainer/0")
+MADE = ("data/", "runs/", "../shared/", "checkpoints/", "tensorboard/", "stacks/", "trainer/0")
 OF_THE_READER = {"RUN.toml", "frappe.toml"}
 OF_A_RUN = {"run.json", "plan.json", "result.json", "metrics.jsonl", "manifest.json"}
 

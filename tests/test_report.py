@@ -50,6 +50,22 @@ def test_a_record_is_in_the_file_before_the_next_step(tmp_path: Path) -> None:
         assert steps(tmp_path) == [1]
 
 
+def test_numbers_that_come_later_are_added_to_the_line_of_their_step(tmp_path: Path) -> None:
+    record(tmp_path, 5, 10)
+    with report(tmp_path, resumed_at=10) as run:
+        run.amend(10, {"validation_auc": 0.5})
+        run.amend(15, {"validation_auc": 0.6})
+    assert [json.loads(line) for line in (tmp_path / METRICS).read_text(encoding="utf-8").splitlines()] == [
+        {"step": 5, "loss": 0.5},
+        {"step": 10, "loss": 1.0, "validation_auc": 0.5},
+        {"step": 15, "validation_auc": 0.6},
+    ]
+    (tmp_path / METRICS).unlink()
+    with report(tmp_path, resumed_at=15) as run:
+        run.amend(15, {"validation_auc": 0.6})
+    assert steps(tmp_path) == [15]
+
+
 @pytest.mark.parametrize(("resumed_at", "left"), [(0, []), (9, []), (10, [10]), (25, [10, 20]), (99, [10, 20, 30, 40])])
 def test_lines_after_the_resumed_step_are_cut_off(tmp_path: Path, resumed_at: int, left: list[int]) -> None:
     record(tmp_path, 10, 20, 30, 40)
@@ -210,6 +226,7 @@ def test_a_segment_is_a_line_about_training_and_one_about_validation_if_it_was_s
     training, validation = segment_line(100, 250, values).split("\n")
     assert training == "step 100/250  12,346 rows/s  log loss (nats) 0.5123  NE 0.9000  calibration 1.0100"
     assert validation == "  validation  AUC 0.7500"
+    assert segment_line(100, 250, {"validation_auc": 0.75}).split("\n") == ["step 100/250", validation]
     del values["validation_auc"]
     assert segment_line(100, 250, values) == training
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-from trainer.batch import Batch
 from trainer.config import DataConfig
 from trainer.data import read_batches, steps_per_epoch
 from trainer.dataset import Dataset
@@ -48,7 +47,14 @@ def score(
     state.model.eval()
     try:
         with _rows_once(state, dataset, columns, data, wants_stop) as (feed, steps), torch.no_grad():
-            for prediction in _predictions(state, feed.batches(steps)):
+            batches = feed.batches(steps)
+            for _ in range(steps):
+                try:
+                    prediction = state.pipeline.progress(batches)
+                except StopIteration:
+                    if feed.stopped:
+                        break
+                    raise
                 _add(scored, prediction, device, bool(columns.user))
                 if columns.probability:
                     _add_possible(possible, prediction, device)
@@ -63,15 +69,6 @@ def score(
         best = evaluate_everywhere(possible, prefix)
         report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
     return report | {f"{prefix}_unknown_ids": unknown_ids}
-
-
-def _predictions(state: TrainState, batches: Iterator[Batch]) -> Iterator[Prediction]:
-    while True:
-        try:
-            prediction = state.pipeline.progress(batches)
-        except StopIteration:
-            return
-        yield prediction
 
 
 @contextmanager

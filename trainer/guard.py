@@ -132,11 +132,13 @@ class Guard:
 
     def _run(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as signals:
+            poll = select.poll()
+            poll.register(signals)
             while True:
                 now = time.monotonic()
                 self._end_in_time(now)
                 wait = min(_TICK, max(0.0, self._asked_at + self._grace - now))
-                if not select.select([signals], [], [], wait)[0]:
+                if not poll.poll(1000 * wait):
                     continue
                 numbers = signals.read(64)
                 if not numbers:  # the other end was closed

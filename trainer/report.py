@@ -99,7 +99,7 @@ class Report:
         if self._path is None:
             return
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
             before = json.loads(lines.pop()) if lines and _step_of(lines[-1]) == step else {"step": step}
             _replace(self._path, [*lines, json.dumps({**before, **values}) + "\n"])
             if self._events is not None:
