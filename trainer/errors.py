@@ -1,7 +1,4 @@
-"""What can go wrong, as exceptions that the command line prints as one line.
-
-A user's mistakes exit with code 1, a lost link to another rank with the code to restart on.
-"""
+"""What a user can do wrong, as exceptions; the command line prints each as one line and exits with code 1."""
 
 
 class UserError(Exception):
@@ -38,7 +35,3 @@ class MetricError(UserError):
 
 class InstallError(UserError):
     """What is installed does not fit together."""
-
-
-class LostLinkError(Exception):
-    """Another rank is gone or does not answer. Nobody's mistake: this rank ends too, for a restart to go on."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from trainer.errors import ConfigError, LostLinkError, UserError
+from trainer.errors import ConfigError, UserError
 from trainer.peers import Peer, who_is_gone
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 600.0
+
+
+class LostLinkError(Exception):
+    """Another rank is gone or does not answer. Nobody's mistake: this rank ends too, for a restart to go on."""
 
 
 @dataclass(frozen=True, slots=True)
