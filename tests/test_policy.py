@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "environment",
     "peers",
+    "rendezvous",
     "world",
     "ending",
     "recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -95,6 +96,12 @@ def outcome(world: World, failures: dict[int, UserError]) -> tuple[str, str, boo
     return "", "", ran_on
 
 
+def is_open(host: str) -> bool:
+    """Whether the ranks' store listens there: all of 127.0.0.0/8 is this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(os.environ["MASTER_PORT"]))) == 0
+
+
 def on_each_rank() -> dict[str, Any]:
     with join_world(standalone=False) as world:
         seen = {
@@ -109,6 +116,7 @@ def on_each_rank() -> dict[str, Any]:
             "gathered": world.gather({"rank": world.rank}),
             "is_first": is_first_of_job(),
             "launched": launched(),
+            "listens": [is_open(host) for host in ("127.0.0.1", "127.0.0.2")],
         }
     return {**seen, "left": not dist.is_initialized(), "environment": int(os.environ["RANK"])}
 
@@ -123,6 +131,10 @@ def test_each_rank_knows_its_place(ranks: list[dict[str, Any]]) -> None:
     assert [rank["environment"] for rank in ranks] == [0, 1]
     assert [rank["is_first"] for rank in ranks] == [True, False]
     assert all(rank["launched"] and rank["left"] for rank in ranks)
+
+
+def test_the_ranks_store_listens_on_the_address_of_the_launcher_alone(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["listens"] for rank in ranks] == [[True, False]] * 2
 
 
 def test_no_failure_is_no_error_before_and_after_others(ranks: list[dict[str, Any]]) -> None:

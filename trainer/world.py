@@ -15,13 +15,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 from trainer.errors import ConfigError, UserError
 from trainer.peers import Peer, who_is_gone
+from trainer.rendezvous import open_store
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
 
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 600.0
+
+_OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
+"""What gloo's errors have in their text; where the link was cut, the second is all of it."""
 
 
 class LostLinkError(Exception):
@@ -132,13 +137,9 @@ def join_world(*, standalone: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -
     own = Peer.of_this_process(rank, local_rank)
     peers, lost = [own], False
     try:
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore() if standalone else None,
-            rank=rank,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=timeout_seconds),
-        )
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store = dist.HashStore() if standalone else _store_of_job(rank, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         peers = world.gather(own)
         yield world
     except RuntimeError as error:
@@ -152,6 +153,13 @@ def join_world(*, standalone: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -
             dist.destroy_process_group()
 
 
+def _store_of_job(rank: int, timeout: datetime.timedelta) -> Store:
+    """The store that the launcher named; rank 0 serves it, unless torchrun does."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return open_store(host, port, timeout, serves=rank == 0 and not is_served)
+
+
 def _first_sentence(error: RuntimeError) -> str:
     """What an error says, without the place in torch's sources before it and the advice after it."""
     line = str(error).partition("\n")[0]
@@ -162,7 +170,7 @@ def _is_lost_link(error: RuntimeError) -> bool:
     """Whether an error is of communication: torch's own kinds, and gloo's, which only their text tells apart."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in _OF_GLOO)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
