@@ -17,11 +17,11 @@ STAMP := $(VENV)/installed
 # TorchX's local scheduler looks for torchrun on PATH.
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help install train test lint clean distclean
+.PHONY: help install train test test-slurm test-hosts lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 install: $(STAMP) ## make .venv with the pinned versions (BUILD=cpu or cuda, PYTHON=...)
 
@@ -50,6 +50,12 @@ lint: install ## check style, format and types
 
 test: lint ## check everything, then run all tests
 	$(RUN) pytest
+
+test-slurm: install ## run jobs on a real Slurm of two nodes on this machine (root; says which Debian packages it lacks)
+	$(RUN) pytest -s tests/slurm/test_slurm.py
+
+test-hosts: install ## run one job on two hosts and cut the link between them (root; network namespaces)
+	$(RUN) pytest -s tests/slurm/test_hosts.py
 
 clean: ## remove what tools left behind; keeps .venv, data, runs and logs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
