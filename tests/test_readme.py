@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pytest
+from torchx.specs import materialize_appdef
 
+from launch import components
 from trainer.cli import parser
 from trainer.config import RunConfig
 from trainer.description import apply_override, build, load
@@ -22,11 +24,11 @@ from trainer.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MOST_LINES = 460
+MOST_LINES = 480
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAINER = "-m trainer "
-COMPONENT = "launch/components.py:train "
+COMPONENT = re.compile(r"(?:launch/components\.py:|shardrec\.)(\w+) (.*)")
 
 # What commands make and what stands for a file of the reader's own.
 MADE = ("data/", "runs/", "../shared/", "checkpoints/", "tensorboard/", "stacks/", "trainer/0")
@@ -156,10 +158,9 @@ def trainer_commands() -> list[str]:
     for line in commands():
         if TRAINER in line:
             found.append(line.split(TRAINER, 1)[1])
-        if COMPONENT in line:
-            to_torchx, _, to_trainer = line.split(COMPONENT, 1)[1].partition(" -- ")
-            config = shlex.split(to_torchx)[shlex.split(to_torchx).index("--config") + 1]
-            found.append(f"train {config} {to_trainer}")
+        if component := COMPONENT.search(line):
+            app = materialize_appdef(getattr(components, component[1]), shlex.split(component[2]))
+            found.append(app.roles[0].args[1].split(TRAINER, 1)[1])
     return found
 
 
@@ -186,7 +187,7 @@ def test_every_command_of_the_trainer_is_shown() -> None:
 
 
 def test_every_target_of_make_is_one() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     used = {line.split()[1] for line in commands() if line.startswith("make ")}
     assert {"install", "train", "test"} <= used <= targets
 
