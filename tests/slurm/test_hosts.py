@@ -40,21 +40,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A click log and a run description."""
     folder = tmp_path_factory.mktemp("hosts")
     write_click_log(folder)
-    checkpoint = {"every_steps": 50}
-    run_toml(
-        folder, max_steps=STEPS, data={"epochs": 1000}, checkpoint=checkpoint, watchdog={"stall_seconds": STALL_SECONDS}
-    )
+    run_toml(folder, max_steps=STEPS, data={"epochs": 1000}, checkpoint={"every_steps": 50})
     return folder
 
 
 class Job:
     """What the component of training starts on each host."""
 
-    def __init__(self, hosts: list[Host], data: Path, name: str) -> None:
+    def __init__(self, hosts: list[Host], data: Path, name: str, *overrides: str) -> None:
         self.output, self.logs = data / name, data / f"{name}-logs"
         self.logs.mkdir(exist_ok=True)
         app = components.train(
-            f"--set=output={self.output}",
+            *(f"--set={override}" for override in (f"output={self.output}", *overrides)),
             config=str(data / "run.toml"),
             j="2x1",
             cpu=1,
@@ -94,7 +91,7 @@ def test_two_hosts_train_one_job_and_listen_on_their_own_addresses_alone(hosts: 
 def test_a_cut_link_ends_all_hosts_in_time_with_a_clear_error_and_the_job_resumes_to_the_same_bits(
     hosts: list[Host], data: Path
 ) -> None:
-    job = Job(hosts, data, "cut")
+    job = Job(hosts, data, "cut", f"watchdog.stall_seconds={STALL_SECONDS}")
     job.wait_for_checkpoint()
     hosts[1].plug(in_=False)
     cut = time.monotonic()
