@@ -120,15 +120,20 @@ def create(parameters: RendezvousParameters) -> RendezvousHandler:
             ) from error
 
     class Backend(C10dRendezvousBackend):
+        """torch's own, whose errors name the host."""
+
         @property
         def name(self) -> str:
-            return parameters.backend  # torchrun refuses a handler that goes by another
+            """What torchrun asked for; it refuses a handler that goes by another name."""
+            return parameters.backend
 
         def get_state(self) -> tuple[bytes, Any] | None:
+            """As in torch."""
             with told():
                 return super().get_state()
 
         def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
+            """As in torch."""
             with told():
                 return super().set_state(state, token)
 
