@@ -64,7 +64,7 @@ class Turns:
     @property
     def path(self) -> Path:
         """The checkpoint."""
-        return checkpoint.path_of(self.folder, 0)
+        return Path(str(checkpoint.path_of(self.folder, 0)))
 
     @property
     def plain(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import idmap, limits, peers, reading, scaling, throughput
+from benchmarks import idmap, limits, peers, reading, scaling, stall, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -76,6 +76,11 @@ def larger(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{picture}\n\n{scaling.tables_of(record)}"
 
 
+def standing_still(record: dict[str, Any]) -> str:
+    """The record of stall.py."""
+    return f"{_origin(record)}\n\n{stall.table_of(record)}"
+
+
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -86,6 +91,7 @@ def rendered(results: Path) -> str:
         "peers": beside_peers,
         "reading": ready_batches,
         "scaling": larger,
+        "stall": standing_still,
         "throughput": as_started,
     }
     # A record is named after its program, and what it is of where one run did not measure everything.

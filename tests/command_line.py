@@ -57,7 +57,7 @@ def _logging_restored() -> Iterator[None]:
         logger.handlers[:], logger.propagate = handlers, propagate
 
 
-def digests(path: Path) -> str:
+def digests(path: str | Path) -> str:
     """``inspect --digest`` of a checkpoint or a run's output, every checksum of which is right."""
     for form in ("--verify", "--digest"):
         outcome = call("inspect", path, form)

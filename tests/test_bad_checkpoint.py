@@ -112,11 +112,11 @@ DAMAGES = {
     "flipped bit": (lambda c: spoil.flip(shard(c), 5000), r"__0_0.distcp has checksum \w+, expected \w+"),
     "cut short": (lambda c: _truncate(shard(c)), r"__0_0.distcp has \d+ bytes, expected \d+"),
     "lost file": (lambda c: shard(c).unlink(), r"__0_0.distcp cannot be read \(No such file"),
-    "flipped bit of the index": (lambda c: spoil.flip(c / "shards" / ".metadata", 99), ".metadata has checksum"),
+    "flipped bit of the index": (lambda c: spoil.flip(c / "shards" / "index.json", 99), "index.json has checksum"),
     "lost manifest": (lambda c: (c / "manifest.json").unlink(), "step-00000020 has no manifest.json"),
     "flipped bit of the manifest": (lambda c: spoil.flip(c / "manifest.json", 13), "manifest.json is damaged"),
     "empty manifest": (lambda c: (c / "manifest.json").write_text(""), "manifest.json is damaged"),
-    "other format": (lambda c: (c / "manifest.json").write_text("{}"), "has format None, expected 1"),
+    "other format": (lambda c: (c / "manifest.json").write_text("{}"), "has format None, expected 2"),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import checkpoints, exact_ids, growth, limits, peer_models, peers, record, tables, workload
+from benchmarks import checkpoints, exact_ids, growth, limits, peer_models, peers, record, stall, tables, workload
 from trainer.description import load
 from trainer.tables import lay_out
 
@@ -281,3 +281,15 @@ def test_every_candidate_gets_the_same_allocator_or_none(monkeypatch: pytest.Mon
     assert peers.environment(2, allocator=True).items() >= peers.ALLOCATOR.items()
     assert not peers.environment(1, allocator=False).keys() & peers.ALLOCATOR.keys()
     assert peers.environment(1, allocator=False)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_stall_is_told_as_a_share_of_the_segment_beside_it() -> None:
+    runs = [{"rows_per_second": 90.0, "stall_seconds": [0.1, 0.3], "segment_seconds": [2.0, 3.0], "mib": 7}] * 3
+    found = stall._summary("async", 2, runs, [100.0, 90.0, 180.0])
+    assert (found["stall_ms"]["p50"], found["segment_ms"]["p50"]) == (200.0, 2500.0)
+    assert found["stall_percent_of_segment"] == {"p10": 5.0, "p50": 7.5, "p90": 10.0}
+    assert found["slower_percent"]["p50"] == 10.0
+    line = stall.table_of({"stall": [found]}).splitlines()[2]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        *("async", "2", "7", "200", "300", "2,500", "7.5", "10.0", "90", "10.0")
+    ]

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.digest import digests, rows_digest
 from trainer.manifest import Block, Manifest
 from trainer.rows import Cursor
-from trainer.storage import SHARDS
+from trainer.storage import write_tensors
 
 MASK = (1 << 64) - 1
 TABLE = "embedding.t.weight"
@@ -95,7 +94,7 @@ def write(
 
 
 def digests_of(path: Path, tensors: dict[str, Tensor], **fields: Any) -> dict[str, str]:
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path / SHARDS), no_dist=True)
+    write_tensors(path, tensors)
     plain: dict[str, Any] = {"config": {}, "data": {}, "tables": {}, "spaces": {}, "dense": {}, "plan": []}
     plain |= {"blocks": (), "world_size": 1}
     manifest = Manifest(step=1, cursor=Cursor(0, 1), evaluations=(), versions={}, files={}, **plain | fields)

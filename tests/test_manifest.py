@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 
 from trainer import manifest as manifests
 from trainer.errors import CheckpointError
-from trainer.manifest import Block, Manifest, checksum, damaged, write_atomically
+from trainer.manifest import Block, Manifest, checksum, damaged
 from trainer.rows import Cursor
 
 
@@ -106,7 +104,7 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path, content: str, found: str) -> None:
     path = tmp_path / manifests.NAME
     path.write_text(content, encoding="utf-8")
-    assert refused(tmp_path) == f"{path} has format {found}, expected 1; use the version that wrote it"
+    assert refused(tmp_path) == f"{path} has format {found}, expected 2; use the version that wrote it"
 
 
 def resealed(path: Path, **changes: Any) -> None:
@@ -136,71 +134,6 @@ def test_a_whole_file_with_other_fields_is_damaged_and_not_a_bug(
     path, _ = written(tmp_path)
     resealed(path, **changes)
     assert re.search(f"manifest.json is damaged: .*{re.escape(message)}", refused(tmp_path))
-
-
-# ---------------------------------------------------------------- atomic writing
-
-
-def test_a_write_replaces_the_whole_text_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    for text in ("a long first text\n" * 100, "é", ""):
-        write_atomically(path, text)
-        assert path.read_text(encoding="utf-8") == text
-        assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_text_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full) if step == "fsync" else monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
-    monkeypatch.undo()
-    assert path.read_text(encoding="utf-8") == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_text_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    sync, replace = os.fsync, Path.replace
-
-    def watched_sync(descriptor: int) -> None:
-        order.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "text")
-        sync(descriptor)
-
-    def watched_replace(self: Path, target: Path) -> Path:
-        order.append("name")
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", watched_sync)
-    monkeypatch.setattr(Path, "replace", watched_replace)
-    write_atomically(tmp_path / "file", "text")
-    assert order == ["text", "name", "folder"]
-
-
-def test_a_reader_sees_one_text_or_the_other(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    texts = ["a" * 100_000, "b" * 200_000]
-    write_atomically(path, texts[0])
-    done = threading.Event()
-
-    def write() -> None:
-        for number in range(60):
-            write_atomically(path, texts[number % 2])
-        done.set()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    while not done.is_set():
-        assert path.read_text(encoding="utf-8") in texts
-    writer.join()
 
 
 # ---------------------------------------------------------------- damage of other files

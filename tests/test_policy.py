@@ -18,6 +18,8 @@ ROOMS = ("trainer", "models", "launch", "benchmarks", "tests")
 ORDER = (
     "errors",
     "environment",
+    "remote",
+    "location",
     "peers",
     "rendezvous",
     "world",
@@ -54,6 +56,7 @@ ORDER = (
     "sharder",
     "sharding",
     "state",
+    "host_copies",
     "growth",
     "occupancy",
     "metrics",
@@ -61,9 +64,12 @@ ORDER = (
     "feed",
     "evaluation",
     "manifest",
+    "plain",
+    "sealing",
     "storage",
     "contents",
     "checkpoint",
+    "saving",
     "digest",
     "report",
     "run",
@@ -86,8 +92,19 @@ MAY_IMPORT = {"models": {"models", "torch"}, "launch": {"launch", "torchx"}}
 NEVER_IMPORTED_BY_TRAINER = {"launch", "benchmarks", "tests"}
 
 # `python -m trainer --help` imports these, and has half a second.
-LIGHT = ("errors", "config", "description", "doctor", "cli", "__main__")
-HEAVY = {"torch", "torchrec", "torchx", "fbgemm_gpu", "pyarrow", "sklearn", "scipy", "tensorboard", "matplotlib"}
+LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "cli", "__main__")
+HEAVY = {
+    "torch",
+    "torchrec",
+    "torchx",
+    "fbgemm_gpu",
+    "pyarrow",
+    "sklearn",
+    "scipy",
+    "tensorboard",
+    "matplotlib",
+    "fsspec",
+}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "misc"}
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

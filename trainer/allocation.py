@@ -1,4 +1,4 @@
-"""Memory for new tables: zeros that cost nothing until they are written, and no first values but ours.
+"""Memory for new tables: zeros that cost nothing until they are written, and no first values but ours; what is left.
 
 FBGEMM writes zeros to the tables that it makes and TorchRec random numbers after that; both are overwritten row by row,
 when an id gets its row. Left out, growing takes the time of copying the rows in use.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,3 +63,29 @@ def untouched_zeros(shape: Sequence[int]) -> Tensor:
     except OSError as error:
         raise MemoryError(f"{4 * math.prod(shape)} bytes for a table: {error.strerror}") from error
     return torch.frombuffer(pages, dtype=torch.float32).view(*shape)
+
+
+def available_bytes() -> int:
+    """Memory that this host, and the control groups that this process is in, still have for it.
+
+    >>> available_bytes() > 0
+    True
+    """
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    host = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    return min([host, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What each control group (version 2) with a limit has left; file pages that can be dropped count as left."""
+    lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    root = Path("/sys/fs/cgroup")
+    own = root / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
+    for group in (own, *own.parents):
+        try:
+            limit, used = ((group / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+            kinds = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        except OSError:
+            continue  # the root of the tree has none, and beyond it nothing is a group
+        if limit.strip().isdigit():
+            yield int(limit) - int(used) + int(kinds["inactive_file"])

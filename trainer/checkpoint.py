@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer import manifest as manifests
 from trainer.contents import load_into, own_tensors
 from trainer.errors import CheckpointError
+from trainer.host_copies import HostCopies
+from trainer.location import Location, delete, is_folder, is_there, make_folder, names_in, sync_directory
 from trainer.manifest import Block, Manifest
 from trainer.state import TrainState
 from trainer.storage import SHARDS, TO_DO_AFTER, Reader, write_tensors
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d{8,})")
 
 
-def path_of(directory: Path, step: int) -> Path:
+def path_of(directory: Location, step: int) -> Location:
     """Where the checkpoint of a step lies.
 
     >>> str(path_of(Path("run/checkpoints"), 500))
@@ -38,7 +40,25 @@ def path_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Content:
+    """What one rank writes to a checkpoint."""
+
+    tensors: dict[str, Tensor]
+    blocks: list[Block]
+
+
+def content_of(state: TrainState, manifest: Manifest, copies: HostCopies | None = None) -> Content:
+    """What this rank writes of ``state``, which ``manifest`` describes: parts of it, or with ``copies`` copies."""
+    return Content(*own_tensors(state, slots_used_in(manifest), copies))
+
+
+def save(path: Location, state: TrainState, manifest: Manifest) -> Manifest:
+    """Write the state to ``path`` while nothing changes it; see ``write``. Collective."""
+    return write(path, content_of(state, manifest), manifest, state.world)
+
+
+def write(path: Location, content: Content, manifest: Manifest, world: World) -> Manifest:
     """Write ``path``; it counts as a checkpoint only once its manifest is in it, which is written last. Collective.
 
     ``manifest`` is complete but for its blocks and files, which are filled in; the complete one is returned.
@@ -46,12 +66,11 @@ def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
     Raises:
         CheckpointError: it cannot be written; what had been committed before is untouched.
     """
-    world = state.world
     with world.together():
         if world.is_chief:
             _make_room(path)
     try:
-        return _write(path, state, manifest)
+        return _write(path, content, manifest, world)
     except CheckpointError:
         if world.is_chief:
             with suppress(OSError):
@@ -59,25 +78,28 @@ def save(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
         raise
 
 
-def _write(path: Path, state: TrainState, manifest: Manifest) -> Manifest:
-    world = state.world
-    tensors, blocks = own_tensors(state, {name: space["slots_used"] for name, space in manifest.spaces.items()})
-    own = {f"{SHARDS}/{name}": seal for name, seal in write_tensors(path, tensors).items()}
-    complete = _completed(manifest, world.gather((blocks, own)))
+def _write(path: Location, content: Content, manifest: Manifest, world: World) -> Manifest:
+    own = {f"{SHARDS}/{name}": seal for name, seal in write_tensors(path, content.tensors, world.group).items()}
+    complete = _completed(manifest, world.gather((content.blocks, own)))
     with world.together():
         if world.is_chief:
             _commit(path, complete)
     return complete
 
 
-def _make_room(path: Path) -> None:
+def _make_room(path: Location) -> None:
     """An empty directory; what a killed save left there never was a checkpoint."""
     try:
-        if path.exists():
+        if is_there(path):
             discard(path)
-        (path / SHARDS).mkdir(parents=True)
+        make_folder(path / SHARDS)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; free or change the folder") from error
+
+
+def slots_used_in(manifest: Manifest) -> dict[str, list[int]]:
+    """By id space, one past the highest slot used of every owner."""
+    return {name: space["slots_used"] for name, space in manifest.spaces.items()}
 
 
 def _completed(manifest: Manifest, gathered: Sequence[tuple[list[Block], dict[str, Any]]]) -> Manifest:
@@ -86,16 +108,16 @@ def _completed(manifest: Manifest, gathered: Sequence[tuple[list[Block], dict[st
     return dataclasses.replace(manifest, blocks=blocks, files=files)
 
 
-def _commit(path: Path, manifest: Manifest) -> None:
+def _commit(path: Location, manifest: Manifest) -> None:
     try:
-        manifests.sync_directory(path / SHARDS)
+        sync_directory(path / SHARDS)
         manifests.write(path, manifest)
-        manifests.sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror}; {TO_DO_AFTER}") from error
 
 
-def load(path: Path, manifest: Manifest, state: TrainState) -> None:
+def load(path: Location, manifest: Manifest, state: TrainState) -> None:
     """Put a checkpoint's content in the place of ``state``'s; reads only what this rank needs, without communication.
 
     Raises:
@@ -104,15 +126,15 @@ def load(path: Path, manifest: Manifest, state: TrainState) -> None:
     load_into(state, manifest, Reader(path))
 
 
-def steps_in(directory: Path) -> list[int]:
+def steps_in(directory: Location) -> list[int]:
     """Steps of the checkpoints in a directory, oldest first; half-written ones do not count."""
     return [step for step in _begun_in(directory) if (path_of(directory, step) / manifests.NAME).is_file()]
 
 
-def _begun_in(directory: Path) -> list[int]:
+def _begun_in(directory: Location) -> list[int]:
     """Steps of the checkpoints in a directory, oldest first; half-written ones too."""
     try:
-        found = [_STEP.fullmatch(name) for name in os.listdir(directory)]
+        found = [_STEP.fullmatch(name) for name in names_in(directory)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -120,7 +142,7 @@ def _begun_in(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def verify(path: Path, manifest: Manifest, world: World | None = None) -> None:
+def verify(path: Location, manifest: Manifest, world: World | None = None) -> None:
     """Read every file of the checkpoint once, each rank its part, and compare checksums. Collective with ``world``.
 
     Raises:
@@ -133,7 +155,7 @@ def verify(path: Path, manifest: Manifest, world: World | None = None) -> None:
             raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(found)}")
 
 
-def find(path: Path, world: World | None = None, *, verified: bool = True) -> tuple[Path, Manifest]:
+def find(path: Location, world: World | None = None, *, verified: bool = True) -> tuple[Location, Manifest]:
     """The checkpoint at ``path``, or the newest good one of the run whose output that is. Collective with ``world``.
 
     Without ``verified``, of a checkpoint that is named itself only the manifest is read.
@@ -142,8 +164,8 @@ def find(path: Path, world: World | None = None, *, verified: bool = True) -> tu
         CheckpointError: there is none, or it is damaged.
     """
     with _together(world):
-        is_output = os.path.isdir(path / "checkpoints")
-        if not is_output and not os.path.exists(path / manifests.NAME):
+        is_output = is_folder(path / "checkpoints")
+        if not is_output and not is_there(path / manifests.NAME):
             raise CheckpointError(f"{path} is neither a whole checkpoint nor the output of a run; name one of these")
     if not is_output:
         return path, whole(path, world) if verified else manifests.read(path)
@@ -153,7 +175,7 @@ def find(path: Path, world: World | None = None, *, verified: bool = True) -> tu
     return found
 
 
-def newest_good(directory: Path, world: World | None = None) -> tuple[Path, Manifest] | None:
+def newest_good(directory: Location, world: World | None = None) -> tuple[Location, Manifest] | None:
     """The newest checkpoint that is whole; every newer one that is not is named in the log. Collective with ``world``.
 
     Raises:
@@ -173,7 +195,7 @@ def newest_good(directory: Path, world: World | None = None) -> tuple[Path, Mani
     return None
 
 
-def whole(path: Path, world: World | None = None) -> Manifest:
+def whole(path: Location, world: World | None = None) -> Manifest:
     """The manifest of a checkpoint all of whose files are as they were written. Collective with ``world``.
 
     Raises:
@@ -189,7 +211,7 @@ def _together(world: World | None) -> AbstractContextManager[None]:
     return nullcontext() if world is None else world.together()
 
 
-def best_good(directory: Path, world: World, *, higher_is_better: bool) -> tuple[Path, Manifest]:
+def best_good(directory: Location, world: World, *, higher_is_better: bool) -> tuple[Location, Manifest]:
     """The best checkpoint by validation that is whole; without scorings, the newest. Collective.
 
     Raises:
@@ -210,7 +232,7 @@ def best_good(directory: Path, world: World, *, higher_is_better: bool) -> tuple
         return newest
 
 
-def retain(directory: Path, keep: int, best_step: int | None) -> None:
+def retain(directory: Location, keep: int, best_step: int | None) -> None:
     """Delete all but the ``keep`` newest checkpoints and the best one; what cannot be deleted is named in the log."""
     for step in steps_in(directory)[:-keep]:
         if step != best_step:
@@ -220,8 +242,11 @@ def retain(directory: Path, keep: int, best_step: int | None) -> None:
                 log.warning("old checkpoint %s cannot be deleted: %s", path_of(directory, step), error.strerror)
 
 
-def discard(path: Path) -> None:
+def discard(path: Location) -> None:
     """Delete a checkpoint so that, killed at any instant, it is still whole or no longer one."""
+    if isinstance(path, Path) and path.is_symlink():
+        path.unlink()  # what it leads to was never ours
+        return
     (path / manifests.NAME).unlink(missing_ok=True)
-    manifests.sync_directory(path)
-    shutil.rmtree(path)
+    sync_directory(path)
+    delete(path)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
 from trainer.errors import UserError
+from trainer.location import local, locate, without_secrets
 from trainer.world import LostLinkError, is_first_of_job
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _command(
 
 def _add_train(commands: Commands) -> None:
     train = _command(commands, "train", "train from a run description; an existing output is resumed", _train)
-    train.add_argument("config", type=Path, metavar="RUN.toml", help="the run description")
+    train.add_argument("config", type=local, metavar="RUN.toml", help="the run description")
     _add_set(train)
     train.add_argument(
         "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
@@ -86,7 +86,7 @@ def _add_evaluate(commands: Commands) -> None:
         commands, "evaluate", "score a checkpoint on data: every row once, on any number of ranks", _evaluate
     )
     evaluate.add_argument(
-        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
+        "path", type=locate, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
     )
     evaluate.add_argument(
         "--data",
@@ -100,7 +100,7 @@ def _add_evaluate(commands: Commands) -> None:
 def _add_inspect(commands: Commands) -> None:
     inspect = _command(commands, "inspect", "show what a checkpoint holds", _inspect)
     inspect.add_argument(
-        "path", type=Path, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
+        "path", type=locate, metavar="PATH", help="a checkpoint, or a run's output (its newest good one)"
     )
     what = inspect.add_mutually_exclusive_group()
     what.add_argument("--json", **_form("json"), help="print one JSON object")
@@ -130,8 +130,8 @@ of ids without a row, and the cold row that those share. OUT.pt is replaced if i
 def _add_import(commands: Commands) -> None:
     import_ = _command(commands, "import", "start a run from a plain PyTorch state dict: write its checkpoint", _import)
     import_.epilog = _IMPORT
-    import_.add_argument("path", type=Path, metavar="MODEL.pt", help="what torch.save(model.state_dict(), ...) wrote")
-    import_.add_argument("--config", type=Path, required=True, metavar="RUN.toml", help="the run description")
+    import_.add_argument("path", type=local, metavar="MODEL.pt", help="what torch.save(model.state_dict(), ...) wrote")
+    import_.add_argument("--config", type=local, required=True, metavar="RUN.toml", help="the run description")
     _add_set(import_)
     import_.add_argument(
         "--partial", action="store_true", help="names that the file lacks keep their initial values, and are listed"
@@ -143,9 +143,9 @@ def _add_export(commands: Commands) -> None:
     export = _command(commands, "export-state-dict", what, _export)
     export.epilog = _EXPORT
     export.add_argument(
-        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
+        "path", type=locate, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
     )
-    export.add_argument("out", type=Path, metavar="OUT.pt", help="the file to write")
+    export.add_argument("out", type=local, metavar="OUT.pt", help="the file to write")
 
 
 def _form(name: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _form(name: str) -> dict[str, Any]:
 
 def _add_sample_data(commands: Commands) -> None:
     sample = _command(commands, "sample-data", "write a click log from a known model as Parquet files", _sample_data)
-    sample.add_argument("directory", type=Path, metavar="DIR", help="gets train/, validation/ and test/")
+    sample.add_argument("directory", type=local, metavar="DIR", help="gets train/, validation/ and test/")
     sample.add_argument("--rows", type=int, default=1_000_000, help="rows in all files together (default %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="decides every value (default %(default)s)")
     sample.add_argument("--overwrite", action="store_true", help="replace the files that are there")
@@ -163,15 +163,15 @@ def _add_sample_data(commands: Commands) -> None:
 def _add_prepare(commands: Commands) -> None:
     prepare = _command(commands, "prepare", "convert a public data set to Parquet files", _prepare)
     prepare.add_argument("kind", choices=("criteo", "frappe"), help="the format of the input")
-    prepare.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="files, plain or .gz")
-    prepare.add_argument("output", type=Path, metavar="OUT", help="gets train/, validation/ and test/")
+    prepare.add_argument("inputs", type=local, nargs="+", metavar="IN", help="files, plain or .gz")
+    prepare.add_argument("output", type=local, metavar="OUT", help="gets train/, validation/ and test/")
     prepare.add_argument("--overwrite", action="store_true", help="replace the files that are there")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         code = arguments.handler(arguments)
     except UserError as error:
         code = _complain(error)
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _complain(error: UserError) -> int:
     """One line, once per job: every rank raises the same. TorchElastic shows its error file as the cause."""
-    line = f"error: {' '.join(str(error).split())}"
+    line = without_secrets(f"error: {' '.join(str(error).split())}")
     if is_first_of_job():
         sys.stderr.write(line + "\n")
     note_for_launcher(line)

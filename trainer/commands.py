@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
@@ -20,7 +18,7 @@ from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
 from trainer.guard import STACKS, Guard
-from trainer.manifest import write_atomically
+from trainer.location import Location, delete, locate, names_in, write_atomically
 from trainer.plots import GROWTH, draw_growth
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, check_same_files, load_state, open_inputs, start
@@ -43,12 +41,12 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
         UserError: on every rank alike.
     """
     check_model(config)
-    output = Path(config.output)
+    output = locate(config.output)
     if fresh and not confirmed and _written_in(output):
         raise ConfigError(f"--fresh would delete the run in {output}; add --yes to confirm, or name another output")
     log_to_terminal()
     quiet_libraries()
-    guard = Guard(config.preemption, config.watchdog, output / STACKS)
+    guard = Guard(config.preemption, config.watchdog, output / STACKS if isinstance(output, Path) else None)
     with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
         if fresh:
             _clear(output, world)
@@ -94,29 +92,29 @@ def check_model(config: RunConfig) -> None:
             raise ConfigError(f"table {table.name!r} has role {table.role!r}, which model.kind {kind!r} does not read")
 
 
-def _written_in(output: Path) -> list[Path]:
+def _written_in(output: Location) -> list[Location]:
     """What an earlier run left."""
-    return [output / name for name in _WRITTEN if os.path.lexists(output / name)]
+    names: set[str] = set()
+    with suppress(OSError):  # whoever writes there will say why that cannot be
+        names.update(names_in(output))
+    return [output / name for name in _WRITTEN if name in names]
 
 
-def _clear(output: Path, world: World) -> None:
+def _clear(output: Location, world: World) -> None:
     """Leave nothing of an earlier run. Collective."""
     with world.together():
         if not world.is_chief:
             return
         try:
             for path in _written_in(output):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                delete(path)
         except OSError as error:
             raise OutputError(f"cannot delete {error.filename}: {error.strerror}; name another output") from error
 
 
 def _announce(run: Run) -> None:
     """Say on the terminal and in the output what is about to be trained, and where it goes on."""
-    state, output = run.state, Path(run.config.output)
+    state, output = run.state, locate(run.config.output)
     rows = plan_rows(state.placements, state.physical, state.world.size)
     with state.world.together():
         if not state.world.is_chief:
@@ -135,7 +133,7 @@ def _announce(run: Run) -> None:
 
 def _finish(run: Run, guard: Guard) -> None:
     """Score the test data and say and write the result. Collective."""
-    metrics, path = loop.test_best(run, guard), Path(run.config.output) / "result.json"
+    metrics, path = loop.test_best(run, guard), locate(run.config.output) / "result.json"
     with run.state.world.together():
         if not metrics or not run.state.world.is_chief:
             return
@@ -151,7 +149,7 @@ def _draw(run: Run) -> None:
     config, world = run.config, run.state.world
     if world.is_chief:
         spaces = spaces_of(lay_out(config.tables, world.size, pack=config.sharding.pack))
-        draw_growth(Path(config.output), {space.name: space.rules.rows for space in spaces if space.can_grow})
+        draw_growth(locate(config.output), {space.name: space.rules.rows for space in spaces if space.can_grow})
 
 
 def import_state_dict(path: Path, config: RunConfig, *, partial: bool) -> str:
@@ -168,7 +166,7 @@ def import_state_dict(path: Path, config: RunConfig, *, partial: bool) -> str:
         return interchange.import_state_dict(path, config, world, partial=partial)
 
 
-def export_state_dict(path: Path, out: Path) -> str:
+def export_state_dict(path: Location, out: Path) -> str:
     """Write a checkpoint's weights as a plain state dict; what was done, in words.
 
     Raises:
@@ -185,7 +183,7 @@ def _refuse_ranks(command: str) -> None:
         raise ConfigError(f"{command} runs on one rank, and {ranks_launched()} were launched; start it by itself")
 
 
-def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> str:
+def evaluate(path: Location, patterns: Sequence[str] | None, *, as_json: bool) -> str:
     """The metrics of a checkpoint on data, as a table or one JSON object; empty on all ranks but the chief.
 
     Raises:
@@ -200,7 +198,7 @@ def evaluate(path: Path, patterns: Sequence[str] | None, *, as_json: bool) -> st
     return json.dumps(metrics) if as_json else final_table(metrics, "evaluation")
 
 
-def _evaluate(path: Path, patterns: Sequence[str] | None, world: World) -> dict[str, float]:
+def _evaluate(path: Location, patterns: Sequence[str] | None, world: World) -> dict[str, float]:
     path, manifest = checkpoint.find(path, world)
     config = build(RunConfig, manifest.config)
     columns = columns_of(manifest)

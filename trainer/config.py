@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.guard import PreemptionConfig, WatchdogConfig
+from trainer.location import refuse_secrets
 from trainer.recipe import DenseOptimizerConfig, InitConfig, PrecisionConfig, SparseOptimizerConfig, require
 
 ShardingType = Literal[
@@ -221,6 +222,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.train), "train is empty, expected at least one file or pattern")
+        for name in ("train", "validation", "test"):
+            for pattern in getattr(self, name):
+                refuse_secrets(pattern, name)
         require(len(self.labels) == 1, f"labels has {len(self.labels)} entries, expected exactly one")
         require(self.streams >= 1, f"streams is {self.streams}, expected 1 or more")
         require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
@@ -297,6 +301,12 @@ class CheckpointConfig:
     keep: int = 3
     """Newest checkpoints kept; the best by validation is kept besides."""
 
+    mode: Literal["async", "sync"] = "async"
+    """Training stops until tables and moments are copied in the host's memory, or until they are on disk."""
+
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What becomes of a checkpoint that is due while the one before is being written; only ``every_steps`` skips."""
+
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
         require(self.keep >= 2, f"keep is {self.keep}, expected 2 or more, so that one good one is always left")
@@ -345,6 +355,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output is empty, expected the name of a folder")
+        refuse_secrets(self.output, "output")
         require(bool(self.tables), "tables is empty, expected at least one [[tables]] section")
         require(self.max_steps >= 0, f"max_steps is {self.max_steps}, expected 0 or more")
         require(self.segment_steps >= 1, f"segment_steps is {self.segment_steps}, expected 1 or more")

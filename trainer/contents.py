@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
+from trainer.host_copies import HostCopies
 from trainer.manifest import Block, Manifest
 from trainer.mapping import SpaceState
 from trainer.sharding import Shard
@@ -38,33 +39,44 @@ Places = slice | NDArray[np.int64]
 """Rows one after the other, or here and there."""
 
 
-def own_tensors(state: TrainState, slots_used: Mapping[str, list[int]]) -> tuple[dict[str, Tensor], list[Block]]:
+def own_tensors(
+    state: TrainState, slots_used: Mapping[str, list[int]], copies: HostCopies | None = None
+) -> tuple[dict[str, Tensor], list[Block]]:
     """What this rank writes, and the blocks among it; the chief writes what all ranks share.
 
-    The tables' are parts of the live ones, not copies: they are to be written before anything changes.
+    Without ``copies`` they are parts of the live state, to be written before anything changes; with them, copies on the
+    host, which stay as they are until ``copies`` are taken again.
 
     ``slots_used``: by id space, one past the highest slot used of every owner.
     """
+
+    def kept(value: Tensor) -> Tensor:
+        return value if copies is None else value.detach().to("cpu", copy=True)
+
     tensors: dict[str, Tensor] = {}
     blocks: list[Block] = []
     if state.world.is_chief:
         for name, value in state.dense().items():
-            tensors[f"dense/{name}"] = value
+            tensors[f"dense/{name}"] = kept(value)
         for name, moments in state.dense_moments().items():
             for moment, value in moments.items():
-                tensors[f"dense_moments/{name}/{moment}"] = value
+                tensors[f"dense_moments/{name}/{moment}"] = kept(value)
     for name, space in state.spaces.items():
         if space.vocabulary is not None:
             for part, values in space.vocabulary.state().items():
                 tensors[f"vocabulary/{name}/{state.world.rank}/{part}"] = torch.from_numpy(values)
-    for number, piece in enumerate(state.shards()):
-        if piece.is_replica and not state.world.is_chief:
-            continue
+    pieces = own_pieces(state) if copies is None else copies.take(own_pieces(state), slots_used)
+    for number, piece in enumerate(pieces):
         used = slots_used[piece.table.space.name]
         for block, content in _blocks_of(piece, used, f"{state.world.rank}.{number}"):
             blocks.append(block)
             tensors |= {f"{block.path}/{name}": value for name, value in content.items()}
     return tensors, blocks
+
+
+def own_pieces(state: TrainState) -> list[Shard]:
+    """The live pieces of tables that this rank writes: of tables that all ranks have, the chief's."""
+    return [piece for piece in state.shards() if state.world.is_chief or not piece.is_replica]
 
 
 def _blocks_of(piece: Shard, used: list[int], label: str) -> Iterator[tuple[Block, dict[str, Tensor]]]:

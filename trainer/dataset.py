@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from trainer.columns import Place, plain_type
 from trainer.errors import DataError
+from trainer.location import is_folder, is_there, locate, open_to_read
+from trainer.remote import Remote
 
 _FOOTER_THREADS = 16  # opening files is waiting for the disk, most of all on network file systems
 _OPEN_FILES = 16  # parsing a footer costs about a microsecond per column and row group, so files stay open for a while
@@ -122,7 +124,7 @@ def open_dataset(patterns: Sequence[str], what: str) -> Dataset:
     Raises:
         DataError: a pattern matches nothing, a file is missing, unreadable or not Parquet, or there are no rows.
     """
-    paths = {os.path.abspath(path): path for pattern in patterns for path in _matches(pattern, what)}
+    paths = {_absolute(path): path for pattern in patterns for path in _matches(pattern, what)}
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])
     named = sorted((os.path.relpath(absolute, folder).replace(os.sep, "/"), path) for absolute, path in paths.items())
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -174,7 +176,12 @@ class RowGroupReader:
             return self._open[file.path]
         if len(self._open) == _OPEN_FILES:
             self._open.popitem(last=False)[1].close()
-        opened = pq.ParquetFile(file.path, page_checksum_verification=True, read_dictionary=self._strings)
+        opened = pq.ParquetFile(
+            _source(file.path),
+            page_checksum_verification=True,
+            read_dictionary=self._strings,
+            pre_buffer=isinstance(locate(file.path), Remote),  # columns side by side are one request
+        )
         if _fingerprint(file.path, opened.metadata) != file.fingerprint:
             opened.close()
             raise DataError(f"{file.path} has changed since it was opened; start the command again")
@@ -192,22 +199,40 @@ def _row_groups(files: Iterable[DataFile]) -> Iterable[RowGroup]:
             first_row += rows
 
 
+def _absolute(path: str) -> str:
+    """A path from the root; of a URL, one that begins with its scheme."""
+    return os.path.normpath(f"/{path}") if isinstance(locate(path), Remote) else os.path.abspath(path)
+
+
+def _source(path: str) -> Any:
+    """What pyarrow reads a file from."""
+    location = locate(path)
+    return location.download() if isinstance(location, Remote) else location
+
+
 def _matches(pattern: str, what: str) -> list[str]:
-    if os.path.exists(pattern):
-        return [pattern]
-    paths = glob.glob(pattern, recursive=True)
+    location = locate(pattern)
+    try:
+        if is_there(location):
+            return [pattern]
+        is_remote = isinstance(location, Remote)
+        paths = location.matches() if isinstance(location, Remote) else glob.glob(str(location), recursive=True)
+    except OSError as error:
+        raise DataError(
+            f"{what}: {pattern} cannot be read: {error.strerror}; check its store and credentials"
+        ) from error
     if not paths:
         problem = "matches no file" if glob.has_magic(pattern) else "does not exist"
-        looked = "" if os.path.isabs(pattern) else f" (seen from {os.getcwd()})"
+        looked = "" if is_remote or os.path.isabs(pattern) else f" (seen from {os.getcwd()})"
         raise DataError(f"{what}: {pattern} {problem}{looked}; name existing Parquet files")
     return paths
 
 
 def _open_file(path: str, name: str, what: str) -> DataFile:
-    if os.path.isdir(path):
-        raise DataError(f"{what}: {path} is a folder; name its files, such as {os.path.join(path, '*.parquet')}")
     try:
-        metadata = pq.read_metadata(path)
+        if is_folder(locate(path)):
+            raise DataError(f"{what}: {path} is a folder; name its files, such as {os.path.join(path, '*.parquet')}")
+        metadata = pq.read_metadata(_source(path))
         fingerprint = _fingerprint(path, metadata)
         schema = metadata.schema.to_arrow_schema().remove_metadata()
     except (pa.ArrowException, OSError) as error:
@@ -223,12 +248,12 @@ def _row_group_sizes(metadata: pq.FileMetaData) -> tuple[int, ...]:
 
 def _fingerprint(path: str, metadata: pq.FileMetaData) -> str:
     """SHA-256 (hex) over the size of the file, its rows per row group and the content of its footer."""
-    with open(path, "rb") as file:
+    with open_to_read(locate(path)) as file:
         size = file.seek(-_TAIL_BYTES, os.SEEK_END) + _TAIL_BYTES
-        length = int.from_bytes(file.read(4), "little")
+        length = int.from_bytes(file.read(4) or b"", "little")
         file.seek(size - _TAIL_BYTES - length)
         digest = hashlib.sha256(f"{size} {_row_group_sizes(metadata)}".encode())
-        digest.update(file.read(length))
+        digest.update(file.read(length) or b"")
     return digest.hexdigest()
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.contents import SavedSpace
+from trainer.location import Location
 from trainer.manifest import Manifest
 from trainer.order import mix64
 from trainer.storage import Reader
@@ -23,7 +23,7 @@ _SALTS = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))
 _ROWS_AT_ONCE = 1 << 16
 
 
-def digests(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def digests(path: Location, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(name, digest) of every parameter, buffer and optimizer state: ``NAME`` and ``NAME/STATE``, sorted by name."""
     reader = Reader(path)
     found = dict(_dense_digests(reader))

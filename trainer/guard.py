@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -82,8 +82,8 @@ class Guard:
     A context manager, to be entered by the main thread.
     """
 
-    def __init__(self, preemption: PreemptionConfig, watchdog: WatchdogConfig, stacks: Path) -> None:
-        """``stacks``: the folder that gets the stacks of a rank that stands still."""
+    def __init__(self, preemption: PreemptionConfig, watchdog: WatchdogConfig, stacks: Path | None) -> None:
+        """``stacks``: the folder that gets the stacks of a rank that stands still; None shows them on the terminal."""
         self.stopped_by: signal.Signals | None = None
         """The signal that asked the run to stop."""
         self._grace, self._watchdog, self._stacks = preemption.grace_seconds, watchdog, stacks
@@ -177,15 +177,16 @@ class Guard:
             leave(f"{why}; {how_to_go_on()}", linger=_LINGER)
 
     def _dump_stacks(self) -> str:
-        path = self._stacks / f"rank-{own_rank()}.txt"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                faulthandler.dump_traceback(file)
-        except OSError:
-            faulthandler.dump_traceback(_STDERR)
-            return "above"
-        return f"in {path}"
+        """Write them down; where they are, in words."""
+        if self._stacks is not None:
+            path = self._stacks / f"rank-{own_rank()}.txt"
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w") as file:
+                    faulthandler.dump_traceback(file)
+                return f"in {path}"
+        faulthandler.dump_traceback(_STDERR)
+        return "above"
 
 
 def _hear_in_thread(number: int, frame: FrameType | None) -> None:

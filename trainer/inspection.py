@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,13 +12,14 @@ from tabulate import tabulate
 
 from trainer import checkpoint
 from trainer.digest import digests
+from trainer.location import Location
 from trainer.manifest import Manifest
 from trainer.report import log_to_terminal
 from trainer.sharding import describe as describe_plan
 from trainer.sharding import quiet_libraries
 
 
-def inspect(path: Path, form: Literal["text", "json", "digest", "verify"]) -> str:
+def inspect(path: Location, form: Literal["text", "json", "digest", "verify"]) -> str:
     """A checkpoint, or the newest good one of a run's output, in one of four forms.
 
     Raises:
@@ -51,7 +51,7 @@ def _rows_in_use(manifest: Manifest, table: str) -> int:
     return int(manifest.spaces[manifest.tables[table]["space"]]["in_use"])
 
 
-def _plain(path: Path, manifest: Manifest) -> dict[str, object]:
+def _plain(path: Location, manifest: Manifest) -> dict[str, object]:
     return {
         "path": str(path),
         "step": manifest.step,
@@ -68,7 +68,7 @@ def _plain(path: Path, manifest: Manifest) -> dict[str, object]:
     }
 
 
-def _text(path: Path, manifest: Manifest) -> str:
+def _text(path: Location, manifest: Manifest) -> str:
     names = "\n".join(f"{name:<32} {shape}" for name, shape in shapes(manifest))
     tables = tabulate(
         [

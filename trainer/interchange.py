@@ -25,12 +25,14 @@ from trainer.data import steps_per_epoch
 from trainer.dataset import RowGroupReader
 from trainer.description import build, nearest
 from trainer.errors import OutputError, StateDictError
+from trainer.location import Location, locate
 from trainer.manifest import Manifest
+from trainer.plain import read_plain, write_plain
 from trainer.rows import Cursor
 from trainer.run import Inputs, Run, describe, open_inputs
 from trainer.spaces import FIRST_SLOT, IdSpace, stripe_for
 from trainer.state import TrainState, build_model, build_state, parts_in
-from trainer.storage import Reader, read_plain, write_plain
+from trainer.storage import Reader
 from trainer.tables import initial_rows, lay_out, spaces_of
 from trainer.world import World
 
@@ -65,7 +67,7 @@ def import_state_dict(path: Path, config: RunConfig, world: World, *, partial: b
         OutputError: the run has a checkpoint already. StateDictError: the file does not fit the run.
         UserError: the run description or its data are wrong.
     """
-    _refuse_trained(Path(config.output))
+    _refuse_trained(locate(config.output))
     values = _renamed(read_plain(path), config.rename, path)
     inputs = open_inputs(config, world)
     tables = {table.key: table for table in inputs.config.tables}
@@ -80,7 +82,7 @@ def import_state_dict(path: Path, config: RunConfig, world: World, *, partial: b
     return _imported(values, state, absent, path, target)
 
 
-def _refuse_trained(output: Path) -> None:
+def _refuse_trained(output: Location) -> None:
     steps = checkpoint.steps_in(output / "checkpoints")
     if steps:
         raise OutputError(
@@ -251,7 +253,7 @@ def _copy_rows(state: TrainState, values: Values, ids: Mapping[str, NDArray[np.i
                 piece.weight[torch.from_numpy(rows[places] - piece.row).to(cells.device), columns] = cells
 
 
-def _imported(values: Values, state: TrainState, absent: Sequence[str], path: Path, target: Path) -> str:
+def _imported(values: Values, state: TrainState, absent: Sequence[str], path: Path, target: Location) -> str:
     capacities = {part.table.key: table.space.capacity for table in state.physical for part in table.parts}
     rows = [
         [name, "x".join(map(str, value.shape)) or "one", f"{capacities[name]:,}" if name in capacities else "-"]
@@ -262,7 +264,7 @@ def _imported(values: Values, state: TrainState, absent: Sequence[str], path: Pa
     return f"{table}{kept}\n{target}"
 
 
-def export_state_dict(path: Path, out: Path) -> str:
+def export_state_dict(path: Location, out: Path) -> str:
     """Write the weights of a checkpoint, or of a run's newest good one, as a plain state dict; what is in it, in words.
 
     Raises:

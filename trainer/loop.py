@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
 
 import torch
 
@@ -22,12 +21,14 @@ from trainer.exchange import Exchange
 from trainer.feed import Feed, Pause
 from trainer.growth import CannotGrowError, grow
 from trainer.guard import Guard
+from trainer.location import locate
 from trainer.mapping import Mapper
 from trainer.metrics import ClickSums
 from trainer.occupancy import Growths, describe_growth, table_values
 from trainer.report import Report, progress_bar, segment_line
 from trainer.rows import RawBatch, steps_before
 from trainer.run import Run, describe
+from trainer.saving import Saver
 from trainer.state import TrainState
 
 
@@ -36,7 +37,7 @@ def train(run: Run, guard: Guard | None = None) -> bool:
 
     Collective. The state is saved at the end either way.
     """
-    session = _Session(run, guard or Guard(run.config.preemption, run.config.watchdog, Path(run.config.output)))
+    session = _Session(run, guard or Guard(run.config.preemption, run.config.watchdog, None))
     with session.report() as report:
         session.run(report)
         if session.interrupted:
@@ -85,6 +86,7 @@ class _Session:
         self.interrupted = False
         self._saved = run.cursor if run.is_saved else None
         """Where the newest checkpoint goes on."""
+        self._saver = Saver(run.state, run.checkpoints, run.config)
 
     @property
     def step(self) -> int:
@@ -108,7 +110,7 @@ class _Session:
         run = self._run
         with run.state.world.together():
             return Report(
-                Path(run.config.output),
+                locate(run.config.output),
                 speaks=run.state.world.is_chief,
                 tensorboard=run.config.report.tensorboard,
                 resumed_at=self.step,
@@ -130,7 +132,8 @@ class _Session:
             depth=run.config.data.prefetch_batches,
             wants_stop=self._guard.wants_stop,
         )
-        with feed:
+        with self._saver, feed:
+            self._prepare_to_save()
             for boundary in boundaries(self.step, self.total_steps, self._epoch_steps, run.config):
                 values = self._segment(feed, boundary - self.step, report)
                 self.interrupted = feed.stopped and self.step < boundary
@@ -181,6 +184,7 @@ class _Session:
             try:
                 prediction = pipeline.progress(prepared)
             except StopIteration:
+                self._guard.pause()
                 return
             labels = prediction.batch.labels[: prediction.batch.num_rows]
             sums.update(prediction.logits, labels, torch.ones_like(labels))
@@ -195,20 +199,23 @@ class _Session:
             CannotGrowError: a table may not grow and its policy is to stop; the state has then been saved.
         """
         state, evict = self._run.state, False
+        self._saver.make_room()
         for name, needed in sorted(pause.stripes.items()):
             try:
                 growth = grow(state, name, needed)
             except CannotGrowError:
                 if state.spaces[name].space.rules.evict == "none":
-                    self._save()
+                    self._save(is_last=True)
                     raise
                 evict = True
                 continue
             growths.add(growth)
             report.say(describe_growth(growth))
+        self._prepare_to_save()
         return evict
 
     def _at_boundary(self, values: dict[str, float], report: Report) -> None:
+        self._saver.check()
         if self.step % self._run.config.segment_steps == 0:
             self._expire()
         if values:
@@ -223,7 +230,7 @@ class _Session:
         every = self._run.config.checkpoint.every_steps
         ends = self.interrupted or has_stalled(self.evaluations, self._run.config)
         if evaluated or ends or (every and self._is_due(every)):
-            self._save()
+            self._save(is_last=ends or self.step == self.total_steps, may_skip=not evaluated)
 
     def _expire(self) -> None:
         for space in self._run.state.spaces.values():
@@ -278,16 +285,20 @@ class _Session:
                         f"cannot write checkpoint {path}: {error.strerror}; free some space"
                     ) from error
 
-    def _save(self) -> None:
+    def _save(self, *, is_last: bool, may_skip: bool = False) -> None:
         run = self._run
         if self.cursor == self._saved:
             return  # nothing was trained since: leave that checkpoint alone
         manifest = describe(run, self.step, self.cursor, self.evaluations)
-        checkpoint.save(checkpoint.path_of(run.checkpoints, self.step), run.state, manifest)
-        self._saved = self.cursor
-        if run.state.world.is_chief:
-            best = manifest.best(run.config.evaluation.higher_is_better)
-            checkpoint.retain(run.checkpoints, run.config.checkpoint.keep, best[0] if best else None)
+        if self._saver.save(manifest, is_last=is_last, may_skip=may_skip):
+            self._saved = self.cursor
+
+    def _prepare_to_save(self) -> None:
+        """Only the last checkpoint of a run is never written beside training."""
+        config = self._run.config
+        intervals = (config.checkpoint.every_steps, config.evaluation.every_steps or self._epoch_steps)
+        if any(self.step - self.step % every + every < self.total_steps for every in intervals if every):
+            self._saver.prepare()
 
 
 def test_best(run: Run, guard: Guard) -> dict[str, float]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from trainer.errors import CheckpointError
+from trainer.location import Location, inside, pieces_of, write_atomically
 from trainer.rows import Cursor
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 _CHECKSUM = "checksum"  # of all the other keys of the manifest
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class Manifest:
         return max(self.evaluations, key=lambda entry: (sign * entry[1], -entry[0]))
 
 
-def write(directory: Path, manifest: Manifest) -> None:
+def write(directory: Location, manifest: Manifest) -> None:
     """Make ``directory`` a checkpoint: the manifest appears in it whole, after everything else is on disk."""
     plain = dataclasses.asdict(manifest)
     write_atomically(directory / NAME, json.dumps({**plain, _CHECKSUM: _checksum_of(plain)}, indent=1))
@@ -95,31 +93,7 @@ def _checksum_of(plain: dict[str, Any]) -> str:
     return xxh3_128_hexdigest(json.dumps(plain).encode())
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with ``text`` that is on disk before its name is; readers see the old or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Put the names in ``directory`` on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read(directory: Path) -> Manifest:
+def read(directory: Location) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -140,7 +114,10 @@ def read(directory: Path) -> Manifest:
     if data.pop(_CHECKSUM, None) != _checksum_of(data):
         raise CheckpointError(f"{path} is damaged: it is not what its checksum says was written")
     try:
-        return _from_plain(data)
+        manifest = _from_plain(data)
+        for name in manifest.files:
+            inside(directory, name)
+        return manifest
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
@@ -156,17 +133,16 @@ def _from_plain(data: dict[str, Any]) -> Manifest:
     )
 
 
-def checksum(path: Path) -> dict[str, Any]:
+def checksum(path: Location) -> dict[str, Any]:
     """Size and xxh3_128 of a file, read in pieces."""
     digest, size = xxh3_128(), 0
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK_BYTES):
-            digest.update(piece)
-            size += len(piece)
+    for piece in pieces_of(path):
+        digest.update(piece)
+        size += len(piece)
     return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
-def damaged(directory: Path, manifest: Manifest, names: Sequence[str]) -> list[str]:
+def damaged(directory: Location, manifest: Manifest, names: Sequence[str]) -> list[str]:
     """What is wrong with the named files of a checkpoint, one phrase each; empty if they are as they were written."""
     found = []
     for name in names:

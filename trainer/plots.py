@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import OutputError
+from trainer.location import Location, replacing
 from trainer.report import METRICS
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ class History:
     growth_ms: list[float]
 
 
-def history_of(path: Path, space: str) -> History:
+def history_of(path: Location, space: str) -> History:
     """What a metrics.jsonl says of an id space.
 
     Raises:
@@ -56,7 +54,7 @@ def history_of(path: Path, space: str) -> History:
     )
 
 
-def draw_growth(output: Path, spaces: Mapping[str, int]) -> Path | None:
+def draw_growth(output: Location, spaces: Mapping[str, int]) -> Location | None:
     """Draw rows in use and capacity over steps, and growths, of each id space into ``output``; None if none has any.
 
     ``spaces``: the rows that the run description gives each.
@@ -78,15 +76,11 @@ def draw_growth(output: Path, spaces: Mapping[str, int]) -> Path | None:
         _draw(place, space, history, spaces[space])
     axes[-1].set_xlabel("step")
     path = output / GROWTH
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}; free some space") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -116,12 +116,12 @@ class Prefetcher(Generic[T]):
 
     def _fill(self, source: Iterable[T]) -> None:
         """The first thread: ends after the source's last item, its exception, ``close``, or when it starves."""
-        _stand_back()
+        stand_back()
         self._left.put(self._make(source, _Others()))
 
     def _go_on(self) -> None:
         """The second thread: goes on with what the first has left."""
-        _stand_back()
+        stand_back()
         left = self._left.get()
         if left is not None:
             self._make(left, None)
@@ -175,7 +175,7 @@ def _seconds_of_others() -> float:
     return busy - sum(os.times()[:2])
 
 
-def _stand_back() -> None:
+def stand_back() -> None:
     """Have this thread, and those that it starts, leave most of a busy core to others."""
     if sys.platform == "linux":  # elsewhere niceness is the process's
         thread = threading.get_native_id()

@@ -10,9 +10,8 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 from tabulate import tabulate
@@ -22,6 +21,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from trainer.errors import OutputError
+from trainer.location import Location, append, growing_file, make_folder, without_secrets, write_atomically
 
 METRICS = "metrics.jsonl"
 _PREFIX_COLUMNS = 11  # what torchrun puts before each line
@@ -31,7 +31,7 @@ class Report:
     """The run's voice; silent on every rank but the chief. A context manager."""
 
     def __init__(
-        self, output: Path, *, speaks: bool, tensorboard: bool, resumed_at: int, rows: tuple[int, int]
+        self, output: Location, *, speaks: bool, tensorboard: bool, resumed_at: int, rows: tuple[int, int]
     ) -> None:
         """``rows``: done and in all. Lines about steps after ``resumed_at`` were left by a killed run: they are cut.
 
@@ -81,10 +81,7 @@ class Report:
         if self._path is None:
             return
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self._path, json.dumps({"step": step, **values}) + "\n")
             if self._events is not None:
                 self._events.add(step, values)
         except OSError as error:
@@ -101,7 +98,7 @@ class Report:
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
             before = json.loads(lines.pop()) if lines and _step_of(lines[-1]) == step else {"step": step}
-            _replace(self._path, [*lines, json.dumps({**before, **values}) + "\n"])
+            write_atomically(self._path, "".join([*lines, json.dumps({**before, **values}) + "\n"]))
             if self._events is not None:
                 self._events.add(step, values)
         except OSError as error:
@@ -113,11 +110,11 @@ class _Events:
     ends with a traceback and which ``close`` then waits for.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Location, first_step: int) -> None:
         """What earlier files say about ``first_step`` and later ones no longer counts."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = path.open("wb")
+        self._file = growing_file(path)
         self._records = RecordWriter(self._file)
         self._write(Event(step=first_step, file_version="brain.Event:2"))
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
@@ -138,24 +135,18 @@ class _Events:
         self._file.flush()
 
 
-def _not_written(path: Path, error: OSError) -> OutputError:
+def _not_written(path: Location, error: OSError) -> OutputError:
     where = error.filename or path
     return OutputError(f"{where} cannot be written: {error.strerror}; free some space or name another output")
 
 
-def _cut_off(path: Path, step: int) -> None:
+def _cut_off(path: Location, step: int) -> None:
     """Drop lines about steps after ``step``, and a last line that was being written when the run was killed."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    _replace(path, kept)
-
-
-def _replace(path: Path, lines: Sequence[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:
@@ -233,4 +224,4 @@ def log_to_terminal() -> None:
 class _BarHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record above the bar."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)

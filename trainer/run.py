@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint
@@ -16,8 +15,10 @@ from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
 from trainer.device import check_device
 from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
+from trainer.location import Location, locate, make_folder
 from trainer.manifest import Manifest
 from trainer.order import streams_of
+from trainer.remote import Remote
 from trainer.rows import Cursor
 from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
 from trainer.sharding import plan_rows
@@ -77,9 +78,9 @@ class Run:
         return self.inputs.config
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Location:
         """Where the run's checkpoints lie."""
-        return Path(self.config.output) / "checkpoints"
+        return locate(self.config.output) / "checkpoints"
 
 
 def open_inputs(config: RunConfig, world: World) -> Inputs:
@@ -135,9 +136,9 @@ def start(inputs: Inputs, world: World) -> Run:
     with world.together():
         check_device(inputs.config, world.device)
         if world.is_chief:
-            _make_output(Path(inputs.config.output))
+            _make_output(locate(inputs.config.output), world)
     epoch_steps = steps_per_epoch(inputs.train, inputs.config.data)
-    directory = Path(inputs.config.output) / "checkpoints"
+    directory = locate(inputs.config.output) / "checkpoints"
     found = checkpoint.newest_good(directory, world)
     if found is None:
         state = build_state(inputs.config, len(inputs.columns.dense), world, epoch_steps=epoch_steps)
@@ -150,7 +151,7 @@ def start(inputs: Inputs, world: World) -> Run:
 
 
 def load_state(
-    path: Path, manifest: Manifest, config: RunConfig, num_dense: int, world: World, epoch_steps: int = 1
+    path: Location, manifest: Manifest, config: RunConfig, num_dense: int, world: World, epoch_steps: int = 1
 ) -> TrainState:
     """The state of a checkpoint, in tables large enough for it, whatever world wrote it. Collective.
 
@@ -165,14 +166,16 @@ def load_state(
     return state
 
 
-def _make_output(output: Path) -> None:
+def _make_output(output: Location, world: World) -> None:
+    if isinstance(output, Remote) and output.scheme == "memory" and world.size > 1:
+        raise OutputError(f"output {output} is in the memory of one process, and there are {world.size}; name another")
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
     except OSError as error:
         raise OutputError(f"output {output} cannot be made: {error.strerror}; name another folder") from error
 
 
-def check_same_run(manifest: Manifest, inputs: Inputs, path: Path) -> None:
+def check_same_run(manifest: Manifest, inputs: Inputs, path: Location) -> None:
     """Refuse to go on with a checkpoint whose result would not be that of one uninterrupted run.
 
     Raises:

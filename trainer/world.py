@@ -5,6 +5,7 @@ Imports torch only when the process group is used, so that the command line can 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import re
@@ -19,6 +20,7 @@ from trainer.rendezvous import open_store
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch.distributed import Store
 
 T = TypeVar("T")
@@ -42,6 +44,11 @@ class World:
     size: int
     local_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Whom collectives are made with; None for the process group of the job."""
+
+    timeout_seconds: float = _TIMEOUT_SECONDS
+    """The longest that a rank waits for another."""
 
     @property
     def is_chief(self) -> bool:
@@ -69,8 +76,15 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def beside(self) -> World:
+        """The same ranks in a process group of their own, whose collectives may go on beside others. Collective."""
+        import torch.distributed as dist
+
+        timeout = datetime.timedelta(seconds=self.timeout_seconds)
+        return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
     def sum_integers(self, *values: int) -> list[int]:
         """Each value summed over ranks; integers, so that decisions made of them are equal on all ranks. Collective."""
@@ -84,9 +98,9 @@ class World:
         import torch
         import torch.distributed as dist
 
-        totals = torch.tensor(values, dtype=torch.int64, device=self.device)
+        totals = torch.tensor(values, dtype=torch.int64, device=self.device if self.group is None else "cpu")
         if self.size > 1:
-            dist.all_reduce(totals, op=getattr(dist.ReduceOp, operation))
+            dist.all_reduce(totals, op=getattr(dist.ReduceOp, operation), group=self.group)
         return [int(total) for total in totals.tolist()]
 
 
@@ -133,7 +147,7 @@ def join_world(*, standalone: bool, timeout_seconds: float = _TIMEOUT_SECONDS) -
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    world = World(rank, local_rank, size, local_size, device)
+    world = World(rank, local_rank, size, local_size, device, timeout_seconds=timeout_seconds)
     own = Peer.of_this_process(rank, local_rank)
     peers, lost = [own], False
     try:
