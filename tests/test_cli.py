@@ -18,7 +18,17 @@ import trainer
 from trainer import cli, errors
 from trainer.errors import ConfigError, DataError, UserError
 
-COMMANDS = ("train", "evaluate", "inspect", "import", "export-state-dict", "sample-data", "prepare", "doctor")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "inspect",
+    "import",
+    "export-state-dict",
+    "sample-data",
+    "prepare",
+    "doctor",
+)
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "numpy", "pyarrow", "tensorboard")
 
 RUN = """
@@ -139,6 +149,15 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         "json": True,
     }
     assert parsed("evaluate", "run")["data"] is None
+    assert parsed("predict", "run", "o.parquet", "--data", "a", "--data", "b", "--keep", "id", "--batch-size", "9") == {
+        "command": "predict",
+        "path": Path("run"),
+        "out": Path("o.parquet"),
+        "data": ["a", "b"],
+        "keep": ["id"],
+        "batch_size": 9,
+        "overwrite": False,
+    }
     forms = {
         option: parsed("inspect", "run", *option)["form"] for option in [(), ("--json",), ("--digest",), ("--verify",)]
     }
@@ -179,6 +198,7 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         (("trian",), "invalid choice: 'trian'"),
         (("train",), "the following arguments are required: RUN.toml"),
         (("train", "run.toml", "--epochs", "2"), "unrecognized arguments: --epochs 2"),
+        (("predict", "run", "out"), "the following arguments are required: --data"),
         (("import", "model.pt"), "the following arguments are required: --config"),
         (("inspect", "run", "--json", "--digest"), "argument --digest: not allowed with argument --json"),
         (("sample-data", "d", "--rows", "many"), "argument --rows: invalid int value: 'many'"),

@@ -81,6 +81,7 @@ ORDER = (
     "splits",
     "sample_data",
     "prepare",
+    "predict",
     "doctor",
     "commands",
     "cli",

@@ -113,7 +113,7 @@ def test_a_column_missing_in_a_file_of_another_data_set_is_an_error(tmp_path: Pa
         resolve_columns(data(), [table("f2")], train, validation)
     columns = resolve_columns(data(), [table("f2")], train)
     with pytest.raises(DataError, match=message):
-        check_files(columns, train, validation)
+        check_files(columns.names, train, validation)
 
 
 def test_two_columns_of_one_name_are_an_error(tmp_path: Path) -> None:

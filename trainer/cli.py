@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
     _add_inspect(commands)
     _add_import(commands)
     _add_export(commands)
@@ -95,6 +96,38 @@ def _add_evaluate(commands: Commands) -> None:
         help="Parquet files to score; may be given often; default: the run's test files, else its validation files",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+_PREDICT = """
+OUT.parquet has a row for each row of the data, in the order of the files (sorted by path) and of their rows: the
+columns kept, with the input's values, then `probability` (float32) of a click. It appears whole, or not at all. The
+data need the run's features and dense columns, and no label. Ids that the checkpoint does not know read the cold row,
+as in `evaluate`.
+"""
+
+
+def _add_predict(commands: Commands) -> None:
+    what = "write a checkpoint's prediction for every row of data, on any number of ranks"
+    predict = _command(commands, "predict", what, _predict)
+    predict.epilog = _PREDICT
+    predict.add_argument(
+        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
+    )
+    predict.add_argument("out", type=Path, metavar="OUT.parquet", help="the file to write")
+    predict.add_argument(
+        "--data", action="append", required=True, metavar="GLOB", help="Parquet files to score; may be given often"
+    )
+    predict.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="a column to copy from the data, such as a key or the label, or a pattern; may be given often",
+    )
+    predict.add_argument(
+        "--batch-size", type=int, metavar="ROWS", help="rows per step over all ranks; default: as the run was trained"
+    )
+    predict.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
 def _add_inspect(commands: Commands) -> None:
@@ -209,6 +242,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from trainer import commands
 
     _print(commands.evaluate(arguments.path, arguments.data, as_json=arguments.json))
+    return DONE
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from trainer import commands
+
+    report = commands.predict(
+        arguments.path,
+        arguments.out,
+        arguments.data,
+        keep=arguments.keep,
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+    )
+    _print(report)
     return DONE
 
 

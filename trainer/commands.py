@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import models
 from trainer import checkpoint, interchange, loop
 from trainer import manifest as manifests
 from trainer.config import RunConfig, to_plain
-from trainer.dataset import open_dataset
+from trainer.dataset import Dataset, open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
 from trainer.guard import STACKS, Guard
 from trainer.location import Location, delete, locate, names_in, write_atomically
 from trainer.plots import GROWTH, draw_growth
+from trainer.predict import check_output, kept_schema
+from trainer.predict import predict as write_predictions
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, check_same_files, load_state, open_inputs, start
 from trainer.schema import Columns, check_columns
@@ -212,10 +214,66 @@ def _evaluate(path: Location, patterns: Sequence[str] | None, world: World) -> d
         check_columns(columns, dataset)
     check_same_files([dataset], world)
     state = load_state(path, manifest, config, len(columns.dense), world)
-    with closing(progress_bar("scoring", dataset.num_rows)) if world.is_chief else nullcontext() as bar:
-        tick = bar.update if bar is not None else lambda rows: None
+    with _bar("scoring", dataset, world) as tick:
         metrics = score(state, dataset, columns, config.data, "evaluation", tick)
     return {"step": float(manifest.step), **metrics}
+
+
+def predict(
+    path: Path, out: Path, patterns: Sequence[str], *, keep: Sequence[str], batch_size: int | None, overwrite: bool
+) -> str:
+    """Write a checkpoint's prediction for every row of data; what was done, in words, on the chief alone.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"--batch-size is {batch_size}, expected 1 or more")
+    log_to_terminal()
+    quiet_libraries()
+    with join_world(standalone=not launched()) as world:
+        report = _predict(path, out, patterns, world, keep=keep, batch_size=batch_size, overwrite=overwrite)
+        return report if world.is_chief else ""
+
+
+def _predict(
+    path: Path,
+    out: Path,
+    patterns: Sequence[str],
+    world: World,
+    *,
+    keep: Sequence[str],
+    batch_size: int | None,
+    overwrite: bool,
+) -> str:
+    with world.together():
+        dataset = open_dataset(patterns, "--data")
+        check_output(out, dataset, overwrite=overwrite)
+        kept = kept_schema(keep, dataset)
+    check_same_files([dataset], world)
+    path, manifest = checkpoint.find(path, world)
+    config, columns = build(RunConfig, manifest.config), columns_of(manifest).inputs()
+    with world.together():
+        check_columns(columns, dataset)
+    rows = batch_size or config.data.global_batch_size
+    data = dataclasses.replace(config.data, streams=1, global_batch_size=rows)
+    state = load_state(path, manifest, config, len(columns.dense), world)
+    with _bar("predicting", dataset, world) as tick:
+        write_predictions(state, dataset, columns, data, kept, out, tick)
+    unknown = state.take_unknown()
+    return f"{out}: {dataset.num_rows:,} rows by step {manifest.step}" + (
+        f"; {unknown:,} ids unknown" if unknown else ""
+    )
+
+
+@contextmanager
+def _bar(what: str, dataset: Dataset, world: World) -> Iterator[Callable[[int], object]]:
+    """A bar of rows on the chief, and what to tell of rows that are done."""
+    if not world.is_chief:
+        yield lambda rows: None
+        return
+    with closing(progress_bar(what, dataset.num_rows)) as bar:
+        yield bar.update
 
 
 def columns_of(manifest: manifests.Manifest) -> Columns:

@@ -135,11 +135,11 @@ class _Decoder:
         dense = np.empty((group.rows, len(self._rules)), dtype=np.float32)
         for number, (name, rule) in enumerate(self._rules):
             dense[:, number] = dense_of(table.column(name), name, place, rule)
-        user, probability, time = columns.user, columns.probability, columns.timestamp
+        label, user, probability, time = columns.label, columns.user, columns.probability, columns.timestamp
         return _Rows(
             sparse=tuple(ids_of(table.column(name), name, place) for name in columns.sparse),
             dense=dense,
-            labels=labels_of(table.column(columns.label), columns.label, place),
+            labels=labels_of(table.column(label), label, place) if label else np.zeros(group.rows, np.float32),
             users=users_of(table.column(user), user, place) if user else None,
             probability=probabilities_of(table.column(probability), probability, place) if probability else None,
             seconds=seconds_of(table.column(time), time, place) if time else None,

@@ -19,6 +19,7 @@ from trainer.rows import Cursor
 from trainer.schema import Columns
 from trainer.state import TrainState
 from trainer.task import Prediction
+from trainer.world import World
 
 
 def score(
@@ -44,6 +45,42 @@ def score(
     device = state.world.device
     scored = Predictions(device, with_users=bool(columns.user))
     possible = Predictions(device)
+
+    def take(prediction: Prediction) -> None:
+        _add(scored, prediction, device, bool(columns.user))
+        if columns.probability:
+            _add_possible(possible, prediction, device)
+        tick(prediction.batch.global_rows)
+
+    whole = score_rows(state, dataset, columns, data, take, wants_stop)
+    unknown_ids = float(state.take_unknown())
+    if not whole:
+        return {}
+    report = evaluate_everywhere(scored, prefix)
+    if columns.probability:
+        best = evaluate_everywhere(possible, prefix)
+        report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
+    return report | {f"{prefix}_unknown_ids": unknown_ids}
+
+
+def score_rows(
+    state: TrainState,
+    dataset: Dataset,
+    columns: Columns,
+    data: DataConfig,
+    take: Callable[[Prediction], None],
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Give ``take`` the predictions of this rank's rows, batch by batch, as many times on every rank. Collective.
+
+    False if ``wants_stop``, which is asked before each batch, was true on a rank: then all ranks give up.
+
+    The ranks' rows, one rank's after the other's, are all rows in the order of the files. A UserError that ``take``
+    raises must be raised on every rank.
+
+    Raises:
+        DataError: a row cannot be read.
+    """
     state.model.eval()
     try:
         with _rows_once(state, dataset, columns, data, wants_stop) as (feed, steps), torch.no_grad():
@@ -53,35 +90,27 @@ def score(
                     prediction = state.pipeline.progress(batches)
                 except StopIteration:
                     if feed.stopped:
-                        break
+                        return False
                     raise
-                _add(scored, prediction, device, bool(columns.user))
-                if columns.probability:
-                    _add_possible(possible, prediction, device)
-                tick(prediction.batch.global_rows)
+                take(prediction)
+        return not feed.stopped
     finally:
         state.model.train()
-    unknown_ids = float(state.take_unknown())
-    if feed.stopped:
-        return {}
-    report = evaluate_everywhere(scored, prefix)
-    if columns.probability:
-        best = evaluate_everywhere(possible, prefix)
-        report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
-    return report | {f"{prefix}_unknown_ids": unknown_ids}
+
+
+def shared_by(world: World, dataset: Dataset, data: DataConfig) -> DataConfig:
+    """``data`` as any number of ranks can share them: one stream of consecutive rows each, no batch beyond all rows."""
+    rows = -(-min(data.global_batch_size, dataset.num_rows) // world.size) * world.size
+    return dataclasses.replace(data, streams=world.size, global_batch_size=rows)
 
 
 @contextmanager
 def _rows_once(
     state: TrainState, dataset: Dataset, columns: Columns, data: DataConfig, wants_stop: Callable[[], bool]
 ) -> Iterator[tuple[Feed, int]]:
-    """Every row once, in the order of the files, and the number of steps that this takes.
-
-    One stream per rank: metrics do not depend on how rows are spread, so any number of ranks will do.
-    """
+    """Every row once, in the order of the files, and the number of steps that this takes."""
     world = state.world
-    rows = -(-data.global_batch_size // world.size) * world.size
-    data = dataclasses.replace(data, streams=world.size, global_batch_size=rows)
+    data = shared_by(world, dataset, data)
     steps = steps_per_epoch(dataset, data)
     raw = read_batches(
         dataset,

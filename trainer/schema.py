@@ -38,6 +38,8 @@ class Columns:
 
     dense: tuple[str, ...]
     label: str
+    """Empty for none: rows that are only predicted, and whose label is 0."""
+
     user: str = ""
     """Empty for none."""
 
@@ -52,6 +54,10 @@ class Columns:
         """All columns to read, each once."""
         every = (*self.sparse, *self.dense, self.label, self.user, self.probability, self.timestamp)
         return tuple(dict.fromkeys(name for name in every if name))
+
+    def inputs(self) -> Columns:
+        """Those that a prediction needs."""
+        return Columns(self.sparse, self.dense, label="")
 
 
 def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Dataset, *others: Dataset) -> Columns:
@@ -74,7 +80,7 @@ def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Da
     )
     _refuse_leaks(columns)
     _check_types(columns, file)
-    check_files(columns, dataset, *others)
+    check_files(columns.names, dataset, *others)
     for rule in data.transforms:
         _expand(rule.columns, columns.dense, "data.transforms: columns")
     return columns
@@ -91,14 +97,25 @@ def check_columns(columns: Columns, dataset: Dataset) -> None:
     for name in columns.names:
         _named(name, file.schema.names, dataset.what, file)
     _check_types(columns, file)
-    check_files(columns, dataset)
+    check_files(columns.names, dataset)
 
 
-def check_files(columns: Columns, *datasets: Dataset) -> None:
-    """Raise DataError unless all files of all data sets have the needed columns, with the types of the first file."""
+def names_matching(patterns: Sequence[str], dataset: Dataset, where: str) -> tuple[str, ...]:
+    """The columns that ``patterns`` mean, each once, in the order of the patterns, each pattern's sorted by name.
+
+    Raises:
+        DataError: a pattern matches no column, or not all files have the column with one type; ``where`` begins it.
+    """
+    names = _expand(patterns, dataset.files[0].schema.names, where)
+    check_files(names, dataset)
+    return names
+
+
+def check_files(names: Sequence[str], *datasets: Dataset) -> None:
+    """Raise DataError unless all files of all data sets have the named columns, with the types of the first file."""
     files = [file for dataset in datasets for file in dataset.files]
     for file in files:
-        for name in columns.names:
+        for name in names:
             _check_column(name, file, files[0])
 
 
@@ -227,7 +244,8 @@ def _check_types(columns: Columns, file: DataFile) -> None:
         check_sparse_type(name, kind(name), file.path)
     for name in columns.dense:
         check_number_type(name, kind(name), file.path, "dense")
-    check_number_type(columns.label, kind(columns.label), file.path, "label")
+    if columns.label:
+        check_number_type(columns.label, kind(columns.label), file.path, "label")
     if columns.user:
         check_user_type(columns.user, kind(columns.user), file.path)
     if columns.probability:

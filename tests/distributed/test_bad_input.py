@@ -140,8 +140,27 @@ def _cases(root: Path) -> dict[str, Case]:
         ),
         "nonsense": Case(("evaluate", str(root / "nonsense")), "is neither a whole checkpoint nor the output of a run"),
         "finished": Case(_train(whole), ""),
+        **_predictions(root, whole),
         "another run": Case(_train(whole, "--set", "seed=9"), "seed is 1 in checkpoint .* and 9 in the run"),
         "damaged": Case(_train(whole), "", flipped=f"{whole}/run/checkpoints/step-00000020/shards/__1_0.distcp"),
+    }
+
+
+def _predictions(root: Path, run: Path) -> dict[str, Case]:
+    """After the run has ended."""
+
+    def case(name: str, message: str, *words: str, data: Path = run / "test", largest_file: int = 1 << 30) -> Case:
+        command = ("predict", str(run / "run"), str(root / name), f"--data={data}/*.parquet", *words)
+        return Case(command, message, largest_file={1: largest_file})
+
+    path = _log(root / "kept") / "test" / "part-000.parquet"
+    spoil.change(path, lambda table: table.append_column("key", table["f0"]))
+    spoil.damage_page(path, 1, "key")
+    return {
+        "predicted": case("predicted", ""),
+        "kept page of rank 1": case("out", "row group 1 cannot be read", "--keep=key", data=path.parent),
+        "no folder": case("no/out", "out cannot be written: No such file or directory"),
+        "predictions of rank 1 on a full disk": case("out", "out cannot be written: File too large", largest_file=100),
     }
 
 
@@ -226,6 +245,13 @@ def test_what_a_full_disk_cut_short_is_not_left_there(
     outcomes: dict[str, tuple[Outcome, Outcome]], root: Path, name: str
 ) -> None:
     assert not list((root / name / "run" / "checkpoints").iterdir())
+
+
+def test_predictions_that_one_rank_cannot_write_leave_nothing(
+    outcomes: dict[str, tuple[Outcome, Outcome]], root: Path
+) -> None:
+    assert (root / "predicted").is_file()
+    assert not [*root.glob("out*"), *root.glob(".*")]
 
 
 # Through torchrun: the command of the README, with a limit of time in which it must be over

@@ -1,10 +1,11 @@
-"""Scoring and planning on several ranks: every row once however few there are, and one plan for all."""
+"""Scoring, predicting and planning on several ranks: every row once however few there are, and one plan for all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -40,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _score_and_plan(directory: Path) -> tuple[list[Metrics], list[dict[str, Any]]]:
     """Metrics of each set of rows, and the plan of two tables that the planner has all choice for."""
-    from trainer.commands import _evaluate
+    from trainer.commands import _evaluate, _predict
     from trainer.config import RunConfig
     from trainer.description import build
     from trainer.sharding import plan_rows, plan_tables, quiet_libraries
@@ -50,14 +51,27 @@ def _score_and_plan(directory: Path) -> tuple[list[Metrics], list[dict[str, Any]
     quiet_libraries()
     config = build(RunConfig, run_plain(directory, sharding={"pack": False}))
     with join_world(standalone=not launched()) as world:
-        metrics = [_evaluate(directory / "run", [f"{directory}/rows-{size}/*"], world) for size in SIZES]
+        run = directory / "run"
+        metrics = [_evaluate(run, [f"{directory}/rows-{size}/*"], world) for size in SIZES]
+        for size in SIZES:
+            out = directory / f"{world.size}-{size}.parquet"
+            _predict(
+                run, out, [f"{directory}/rows-{size}/*"], world, keep=["user_id", "m0"], batch_size=32, overwrite=False
+            )
         physical = lay_out(config.tables, world.size, pack=False)
         return metrics, plan_rows(plan_tables(physical, config.sharding, world, 32), physical, world.size)
 
 
+@pytest.fixture(scope="module")
+def alone(trained: Path) -> list[Metrics]:
+    """What one rank finds, and its files of predictions."""
+    return _score_and_plan(trained)[0]
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(trained: Path, world_size: int) -> None:
-    alone = _score_and_plan(trained)[0]
+def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(
+    trained: Path, alone: list[Metrics], world_size: int
+) -> None:
     found = run_ranks(_score_and_plan, world_size, trained)
     assert all(each == found[0] for each in found), "ranks differ"
     metrics, plan = found[0]
@@ -66,3 +80,10 @@ def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(t
         assert ours["evaluation_click_rate"] == pytest.approx(size // 2 / size)
         assert ours == pytest.approx(expected, rel=1e-6)
     assert [len(row["mib_per_rank"]) for row in plan] == [world_size] * 2
+    for size in SIZES:
+        ours, expected = (pq.read_table(trained / f"{ranks}-{size}.parquet") for ranks in (world_size, 1))
+        assert ours.num_rows == size
+        assert ours.drop_columns(["probability"]).equals(expected.drop_columns(["probability"]))
+        assert expected["m0"].equals(pq.read_table(trained / f"rows-{size}")["m0"])
+        np.testing.assert_allclose(ours["probability"], expected["probability"], rtol=1e-6)
+    assert not list(trained.glob(".*")), "something is left of the parts"
