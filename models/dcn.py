@@ -122,7 +122,7 @@ class DCN(Crossed):
     def __init__(
         self, *, num_dense: int, num_fields: int, dim: int, cross_layers: int = 3, **mlp: Unpack[MLPOptions]
     ) -> None:
-        options.whole("cross_layers", cross_layers, least=1)
+        options.whole("cross_layers", cross_layers, least=1, most=1000)
         width = num_fields * dim + num_dense
         super().__init__(width, num_dense, (VectorCross(width) for _ in range(cross_layers)), mlp, parallel=True)
 
@@ -147,7 +147,7 @@ class DCNv2(Crossed):
         structure: Structure = "parallel",
         **mlp: Unpack[MLPOptions],
     ) -> None:
-        options.whole("cross_layers", cross_layers, least=1)
+        options.whole("cross_layers", cross_layers, least=1, most=1000)
         options.one_of("structure", structure, get_args(Structure))
         width = num_fields * dim + num_dense
         layers = (matrix_cross(width, rank) for _ in range(cross_layers))

@@ -23,10 +23,10 @@ def one_of(option: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(unknown(f"value for model option {option}:", value, names))
 
 
-def whole(option: str, value: object, *, least: int) -> None:
-    """Raise ValueError unless ``value`` is an int (not a bool) of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"model option {option}={value!r} must be a whole number of at least {least}")
+def whole(option: str, value: object, *, least: int, most: int = 1 << 20) -> None:
+    """Raise ValueError unless ``value`` is an int (not a bool) from ``least`` to ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"model option {option}={value!r} must be a whole number of at least {least}, at most {most}")
 
 
 def fraction(option: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from typing import Any
@@ -43,7 +44,11 @@ TABLE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rows": 1 << 40}, f"rows is {1 << 40}, expected fewer than 2**40"),
     ({"rows": 9, "max_rows": 8}, "max_rows is 8, expected 0 or at least rows = 9"),
     ({"max_rows": -1}, "max_rows is -1, expected 0 or at least rows = 1000000"),
+    ({"dim": 1 << 16}, "dim is 65536, expected fewer than 2**16"),
+    ({"max_rows": 1 << 40}, f"max_rows is {1 << 40}, expected fewer than 2**40"),
+    ({"sketch_width": 1 << 30}, f"sketch_width is {1 << 30}, expected fewer than 2**30"),
     ({"growth_factor": 1.0}, "growth_factor is 1.0, expected above 1"),
+    ({"growth_factor": math.inf}, "growth_factor is inf, expected above 1"),
     ({"admit_after": 0}, "admit_after is 0, expected 1 or more"),
     ({"sketch_width": 0}, "sketch_width is 0, expected 1 or more"),
     ({"evict_fraction": 0.0}, "evict_fraction is 0.0, expected above 0, at most 1"),
@@ -77,13 +82,20 @@ TRANSFORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"mean": 1.0}, "mean and std belong together; give both or neither"),
     ({"std": 1.0}, "mean and std belong together; give both or neither"),
     ({"mean": 1.0, "std": 0.0}, "std is 0.0, expected above 0"),
+    ({"mean": 1.0, "std": math.inf}, "std is inf, expected a finite number"),
+    ({"null": -math.inf}, "null is -inf, expected a finite number"),
 ]
 
 DATA_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": ()}, "train is empty, expected at least one file or pattern"),
     ({"labels": ()}, "labels has 0 entries, expected exactly one"),
     ({"labels": ("click", "buy")}, "labels has 2 entries, expected exactly one"),
-    ({"streams": 0}, "streams is 0, expected 1 or more"),
+    ({"streams": 0}, "streams is 0, expected 1 to 2**16"),
+    ({"streams": 1 << 17}, f"streams is {1 << 17}, expected 1 to 2**16"),
+    (
+        {"global_batch_size": 1 << 25},
+        f"global_batch_size is {1 << 25}, expected at most 2**24: all ranks' rows of a step",
+    ),
     ({"epochs": 0}, "epochs is 0, expected 1 or more"),
     ({"prefetch_batches": 0}, "prefetch_batches is 0, expected 1 or more"),
     ({"global_batch_size": 100}, "global_batch_size is 100, expected a multiple of streams = 8, such as 96"),

@@ -211,7 +211,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_place(override: str, messag
     ("override", "message"),
     [
         ("tables[1].rows=0", "tables[1].rows is 0, expected 1 or more"),
-        ("tables[0].optimizer.lr=-1", "tables[0].optimizer.lr is -1.0, expected a number above 0"),
+        ("tables[0].optimizer.lr=-1", "tables[0].optimizer.lr is -1.0, expected a number above 0 within float32"),
         (
             "tables[0].optimizer.schedule.warmup_steps=-1",
             "tables[0].optimizer.schedule.warmup_steps is -1, expected 0 or more",

@@ -23,13 +23,16 @@ SCHEDULE_MISTAKES = [
 ]
 
 OPTIMIZER_MISTAKES = [
-    ({"lr": 0.0}, "lr is 0.0, expected a number above 0"),
-    ({"lr": -1.0}, "lr is -1.0, expected a number above 0"),
-    ({"lr": math.inf}, "lr is inf, expected a number above 0"),
-    ({"lr": math.nan}, "lr is nan, expected a number above 0"),
-    ({"eps": 0.0}, "eps is 0.0, expected a number above 0"),
-    ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
-    ({"weight_decay": math.nan}, "weight_decay is nan, expected 0 or more"),
+    ({"lr": 0.0}, "lr is 0.0, expected a number above 0 within float32"),
+    ({"lr": -1.0}, "lr is -1.0, expected a number above 0 within float32"),
+    ({"lr": math.inf}, "lr is inf, expected a number above 0 within float32"),
+    ({"lr": math.nan}, "lr is nan, expected a number above 0 within float32"),
+    ({"lr": 1e39}, "lr is 1e+39, expected a number above 0 within float32"),
+    ({"eps": 0.0}, "eps is 0.0, expected a number above 0 within float32"),
+    ({"eps": 1e-39}, "eps is 1e-39, expected a number above 0 within float32"),
+    ({"eps": math.inf}, "eps is inf, expected a number above 0 within float32"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more within float32"),
+    ({"weight_decay": math.nan}, "weight_decay is nan, expected 0 or more within float32"),
     ({"betas": (0.9, 1.0)}, "betas are (0.9, 1.0), expected two numbers in [0, 1)"),
     ({"betas": (-0.1, 0.9)}, "betas are (-0.1, 0.9), expected two numbers in [0, 1)"),
 ]
@@ -38,12 +41,13 @@ DENSE_MISTAKES = [
     ({"momentum": 1.0}, "momentum is 1.0, expected a number in [0, 1)"),
     ({"momentum": -0.5}, "momentum is -0.5, expected a number in [0, 1)"),
     ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0, expected 0 or more"),
+    ({"max_grad_norm": math.inf}, "max_grad_norm is inf, expected 0 or more"),
 ]
 
 INIT_MISTAKES = [
-    ({"scale": -0.01}, "scale is -0.01, expected 0 or more"),
-    ({"scale": math.inf}, "scale is inf, expected 0 or more"),
-    ({"scale": math.nan}, "scale is nan, expected 0 or more"),
+    ({"scale": -0.01}, "scale is -0.01, expected 0 or more within float32"),
+    ({"scale": math.inf}, "scale is inf, expected 0 or more within float32"),
+    ({"scale": math.nan}, "scale is nan, expected 0 or more within float32"),
 ]
 
 MISTAKES = [

@@ -94,12 +94,14 @@ class TableConfig:
         require(bool(self.features), "features is empty, expected at least one column or pattern")
         require(self.dim >= 1, f"dim is {self.dim}, expected 1 or more")
         require(self.rows >= 1, f"rows is {self.rows}, expected 1 or more")
-        require(self.rows < 1 << 40, f"rows is {self.rows}, expected fewer than 2**40")
+        for name, most in (("dim", 1 << 16), ("rows", 1 << 40), ("max_rows", 1 << 40), ("sketch_width", 1 << 30)):
+            value = getattr(self, name)
+            require(value < most, f"{name} is {value}, expected fewer than 2**{most.bit_length() - 1}")
         require(
             self.max_rows == 0 or self.max_rows >= self.rows,
             f"max_rows is {self.max_rows}, expected 0 or at least rows = {self.rows}",
         )
-        require(self.growth_factor > 1, f"growth_factor is {self.growth_factor}, expected above 1")
+        require(1 < self.growth_factor < math.inf, f"growth_factor is {self.growth_factor}, expected above 1")
         require(self.admit_after >= 1, f"admit_after is {self.admit_after}, expected 1 or more")
         require(self.sketch_width >= 1, f"sketch_width is {self.sketch_width}, expected 1 or more")
         require(0 < self.evict_fraction <= 1, f"evict_fraction is {self.evict_fraction}, expected above 0, at most 1")
@@ -170,6 +172,9 @@ class TransformConfig:
                 self.low is not None and self.high is not None and self.low <= self.high,
                 f"low is {self.low} and high is {self.high}, expected low <= high for kind 'clip'",
             )
+        for name in ("mean", "std", "null"):
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), f"{name} is {value}, expected a finite number")
         require((self.mean is None) == (self.std is None), "mean and std belong together; give both or neither")
         require(self.std is None or self.std > 0, f"std is {self.std}, expected above 0")
 
@@ -226,9 +231,13 @@ class DataConfig:
             for pattern in getattr(self, name):
                 refuse_secrets(pattern, name)
         require(len(self.labels) == 1, f"labels has {len(self.labels)} entries, expected exactly one")
-        require(self.streams >= 1, f"streams is {self.streams}, expected 1 or more")
+        require(1 <= self.streams <= 1 << 16, f"streams is {self.streams}, expected 1 to 2**16")
         require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
         require(self.prefetch_batches >= 1, f"prefetch_batches is {self.prefetch_batches}, expected 1 or more")
+        require(
+            self.global_batch_size <= 1 << 24,
+            f"global_batch_size is {self.global_batch_size}, expected at most 2**24: all ranks' rows of a step",
+        )
         nearest = max(1, round(self.global_batch_size / self.streams)) * self.streams
         require(
             self.global_batch_size > 0 and self.global_batch_size % self.streams == 0,
@@ -258,8 +267,7 @@ class ShardingConfig:
     """What rows and their gradients are rounded to on their way between ranks; sums and tables stay float32."""
 
     def __post_init__(self) -> None:
-        allowed = self.memory_gib >= 0 and math.isfinite(self.memory_gib)
-        require(allowed, f"memory_gib is {self.memory_gib}, expected 0 or more")
+        require(0 <= self.memory_gib < math.inf, f"memory_gib is {self.memory_gib}, expected 0 or more")
         twice = len(set(self.kernels)) < len(self.kernels)
         require(not twice, f"kernels is {list(self.kernels)}, expected each kernel once")
 
@@ -283,7 +291,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
         require(self.patience >= 0, f"patience is {self.patience}, expected 0 or more")
-        require(self.min_improvement >= 0, f"min_improvement is {self.min_improvement}, expected 0 or more")
+        require(0 <= self.min_improvement < math.inf, f"min_improvement is {self.min_improvement}, expected 0 or more")
 
     @property
     def higher_is_better(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import math
 import re
@@ -30,11 +31,31 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read: {reason}; name an existing TOML file") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python's own ValueError for an integer of thousands of digits
         raise ConfigError(f"{path}: is not TOML: {error}") from error
     for override in overrides:
         apply_override(data, override)
+    _refuse_beyond_reason(data)
     return build(RunConfig, data)
+
+
+_DEEPEST = 8  # lists and sections in each other; the deepest key lies in four
+
+
+def _refuse_beyond_reason(value: Any, *path: Any) -> None:
+    """Refuse what no key takes and what would break those who handle it, anywhere in plain data."""
+    where = ".".join(map(str, path))
+    if len(path) > _DEEPEST:
+        raise ConfigError(f"{where} lies in {_DEEPEST} lists and sections, which is deeper than any key")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{where} is an integer of {value.bit_length()} bits, expected at most 64 with its sign")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{where} is {_shown(value)}, expected a text without the character NUL")
+    if isinstance(value, datetime.date | datetime.time):
+        raise ConfigError(f"{where} is {value}, and no key takes a date or a time; put quotes around a text")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _refuse_beyond_reason(item, *path, key)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -77,8 +98,11 @@ def _step_into(place: Any, part: str, where: str) -> Any:
     raise ConfigError(f"--set: {where} is a plain value and has no key {part}")
 
 
+_MOST_DIGITS = 9  # of an index into a list
+
+
 def _index(items: list[Any], part: str, where: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or len(part) > _MOST_DIGITS or int(part) >= len(items):
         raise ConfigError(f"--set: {where}[{part}] does not exist; {where} has entries 0 to {len(items) - 1}")
     return int(part)
 
@@ -86,9 +110,10 @@ def _index(items: list[Any], part: str, where: str) -> int:
 def _value(text: str) -> Any:
     """A TOML value, or the bare text where it is not one (``--set output=runs/b`` needs no quotes)."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
 def build(cls: type[T], data: dict[str, Any], where: str = "") -> T:
@@ -122,7 +147,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"{where} is {value!r}; {nearest(str(value), [str(a) for a in arguments])}")
+            raise ConfigError(f"{where} is {_shown(value)}; {nearest(str(value), [str(a) for a in arguments])}")
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, where)
@@ -141,6 +166,7 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
     return tuple(_convert(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(arguments, items, strict=True)))
 
 
+_MOST_SHOWN = 200
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -154,5 +180,15 @@ def _convert_scalar(hint: type[Any], value: Any, where: str) -> Any:
 
 def _typed(kind: type[T], value: Any, word: str, where: str) -> T:
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where} is {value!r}, expected {word}")
+        raise ConfigError(f"{where} is {_shown(value)}, expected {word}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is too long to be read.
+
+    >>> _shown("ab"), len(_shown("ab" * 1000))
+    ("'ab'", 203)
+    """
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

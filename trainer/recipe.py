@@ -8,6 +8,9 @@ from typing import Literal
 
 from trainer.errors import ConfigError
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2**-23) * 2.0**127
+"""Of what float32 holds in full: tables and optimizers compute in it."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with ``message`` unless ``condition``; the loader puts the key's place before it."""
@@ -68,9 +71,11 @@ class SparseOptimizerConfig:
     """How the learning rate moves."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}, expected a number above 0")
-        require(self.eps > 0, f"eps is {self.eps}, expected a number above 0")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}, expected 0 or more")
+        require(0 < self.lr <= LARGEST, f"lr is {self.lr}, expected a number above 0 within float32")
+        require(SMALLEST <= self.eps <= LARGEST, f"eps is {self.eps}, expected a number above 0 within float32")
+        require(
+            0 <= self.weight_decay <= LARGEST, f"weight_decay is {self.weight_decay}, expected 0 or more within float32"
+        )
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas are {self.betas}, expected two numbers in [0, 1)",
@@ -106,11 +111,13 @@ class DenseOptimizerConfig:
     """How the learning rate moves."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0 and math.isfinite(self.lr), f"lr is {self.lr}, expected a number above 0")
-        require(self.eps > 0, f"eps is {self.eps}, expected a number above 0")
+        require(0 < self.lr <= LARGEST, f"lr is {self.lr}, expected a number above 0 within float32")
+        require(SMALLEST <= self.eps <= LARGEST, f"eps is {self.eps}, expected a number above 0 within float32")
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}, expected a number in [0, 1)")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}, expected 0 or more")
-        require(self.max_grad_norm >= 0, f"max_grad_norm is {self.max_grad_norm}, expected 0 or more")
+        require(
+            0 <= self.weight_decay <= LARGEST, f"weight_decay is {self.weight_decay}, expected 0 or more within float32"
+        )
+        require(0 <= self.max_grad_norm < math.inf, f"max_grad_norm is {self.max_grad_norm}, expected 0 or more")
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas are {self.betas}, expected two numbers in [0, 1)",
@@ -128,7 +135,7 @@ class InitConfig:
     """Half the width of ``uniform``, standard deviation of ``normal``."""
 
     def __post_init__(self) -> None:
-        require(self.scale >= 0 and math.isfinite(self.scale), f"scale is {self.scale}, expected 0 or more")
+        require(0 <= self.scale <= LARGEST, f"scale is {self.scale}, expected 0 or more within float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

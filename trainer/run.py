@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trainer import checkpoint
 from trainer.config import RunConfig, to_plain
 from trainer.contents import stripes_for
@@ -21,8 +23,8 @@ from trainer.order import streams_of
 from trainer.remote import Remote
 from trainer.rows import Cursor
 from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
-from trainer.sharding import plan_rows
-from trainer.state import TrainState, build_state
+from trainer.sharding import host_bytes, plan_rows
+from trainer.state import TrainState, build_model, build_state
 from trainer.storage import Reader
 from trainer.tables import MOMENTS
 from trainer.world import World
@@ -135,6 +137,7 @@ def start(inputs: Inputs, world: World) -> Run:
     """
     with world.together():
         check_device(inputs.config, world.device)
+        _check_size(inputs, world)
         if world.is_chief:
             _make_output(locate(inputs.config.output), world)
     epoch_steps = steps_per_epoch(inputs.train, inputs.config.data)
@@ -148,6 +151,18 @@ def start(inputs: Inputs, world: World) -> Run:
         check_same_run(manifest, inputs, path)
     state = load_state(path, manifest, inputs.config, len(inputs.columns.dense), world, epoch_steps)
     return Run(inputs, state, manifest.cursor, manifest.evaluations, is_saved=True)
+
+
+def _check_size(inputs: Inputs, world: World) -> None:
+    """Refuse an interaction model whose weights, gradients and moments this rank's part of the host cannot hold."""
+    with torch.device("meta"):
+        model = build_model(inputs.config, len(inputs.columns.dense))
+    needed, offered = 16 * sum(weight.numel() for weight in model.parameters()), host_bytes(world)
+    if needed > offered:
+        raise ConfigError(
+            f"model: its weights and moments need {needed / (1 << 30):,.1f} GiB, and this rank has "
+            f"{offered / (1 << 30):,.1f} GiB; use fewer or narrower layers"
+        )
 
 
 def load_state(
