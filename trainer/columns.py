@@ -199,7 +199,8 @@ def dense_of(column: pa.ChunkedArray, name: str, place: Place, rule: TransformCo
         DataError: a null without ``rule.null``, a value that is NaN or infinite or leaves the range of float32.
     """
     numbers, valid = numbers_of(column, name, place)
-    result = transformed(numbers, rule)
+    with np.errstate(over="ignore", invalid="ignore"):  # found below
+        result = transformed(numbers, rule)
     if not valid.all():
         if rule.null is None:
             raise DataError(

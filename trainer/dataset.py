@@ -26,6 +26,7 @@ from trainer.remote import Remote
 
 _FOOTER_THREADS = 16  # opening files is waiting for the disk, most of all on network file systems
 _OPEN_FILES = 16  # parsing a footer costs about a microsecond per column and row group, so files stay open for a while
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last for names of columns that are not UTF-8
 _TAIL_BYTES = 8  # a Parquet file ends with the footer's length (4 bytes, little-endian) and 4 bytes of magic
 
 
@@ -164,7 +165,7 @@ class RowGroupReader:
         try:
             # One thread: the other ranks of this machine decode at the same time.
             table = self._file(group.file).read_row_group(group.index, columns=self._names, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             raise DataError(f"{where} cannot be read: {_one_line(error)}; write the file anew") from error
         if table.num_rows != group.rows:
             raise DataError(f"{where} has {table.num_rows} rows, expected {group.rows}; write the file anew")
@@ -235,11 +236,16 @@ def _open_file(path: str, name: str, what: str) -> DataFile:
         metadata = pq.read_metadata(_source(path))
         fingerprint = _fingerprint(path, metadata)
         schema = metadata.schema.to_arrow_schema().remove_metadata()
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"{what}: {path} cannot be read as Parquet: {_one_line(error)}; write it anew or leave it out"
         ) from error
-    return DataFile(path, name, schema, _row_group_sizes(metadata), fingerprint)
+    sizes = _row_group_sizes(metadata)
+    if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
+        raise DataError(
+            f"{what}: {path} has {metadata.num_rows} rows by its footer and {sum(sizes)} in row groups; write it anew"
+        )
+    return DataFile(path, name, schema, sizes, fingerprint)
 
 
 def _row_group_sizes(metadata: pq.FileMetaData) -> tuple[int, ...]:
