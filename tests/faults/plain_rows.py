@@ -61,7 +61,10 @@ def _read(path: Path, names: Sequence[str]) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if any(file.schema_arrow.names.count(name) != 1 for name in names):
                 raise Refused("a column is missing, or there twice")
-            return file.read(names, use_threads=False).select(names)
+            # one by one: of a whole file with damaged levels pyarrow shifts rows from one row group to the next
+            groups = [file.read_row_group(n, names, use_threads=False) for n in range(file.num_row_groups)]
+            empty = file.schema_arrow.empty_table()
+            return pa.concat_tables(table.select(names) for table in groups or [empty])
     except (pa.ArrowException, OSError) as error:  # with tiny pages, its writer loses rows of lists
         raise Refused("pyarrow cannot read it") from error
 
