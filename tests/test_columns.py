@@ -131,6 +131,15 @@ def test_dictionaries_with_a_null_entry_slices_and_integers_are_read_by_value() 
     assert read([BIG, None, 4], pa.dictionary(pa.int32(), pa.int64())) == [[BIG], [], [4]]
 
 
+@pytest.mark.parametrize("places", [[0, 2, None], [-1, 0, 1]])
+@pytest.mark.parametrize("words", [pa.array(["a", "b"]), pa.array([5, 6])])
+def test_a_place_outside_the_dictionary_is_an_error(places: list[int | None], words: pa.Array) -> None:
+    """As pyarrow leaves it when it reads damaged pages; a negative one would be counted from the end."""
+    damaged = pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), words, safe=False)
+    with pytest.raises(DataError, match=r"a.parquet: sparse column 'x' refers to entries .* of a dictionary of 2; the"):
+        ids_of(pa.chunked_array([damaged]), "x", PLACE)
+
+
 def test_booleans_are_the_ids_0_and_1() -> None:
     assert read([True, None, False]) == [[1], [], [0]]
 

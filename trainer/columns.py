@@ -298,6 +298,8 @@ def _ids_of_chunk(array: pa.Array, called: str, place: Place) -> Ids:
     if _is_list(array.type):
         offsets = offsets_of(pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False))
         flat = array.flatten()  # heeds slices, and leaves out whatever lies under a null list
+    if pa.types.is_dictionary(flat.type):
+        _refuse_outside_dictionary(flat, called, place)
     if _is_text(flat.type):
         values, valid = _hashed(flat)
     else:
@@ -326,6 +328,16 @@ def _hashed(flat: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None
     places = encoded.indices.fill_null(0).to_numpy()
     padded = hashes if len(hashes) else np.zeros(1, dtype=np.int64)
     return padded.take(places), valid
+
+
+def _refuse_outside_dictionary(flat: pa.DictionaryArray, called: str, place: Place) -> None:
+    """Refuse what pyarrow does not check when it reads the pages of a damaged file."""
+    ends = pc.min_max(flat.indices).as_py()
+    if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < len(flat.dictionary):
+        raise DataError(
+            f"{place.file}: {called} refers to entries {ends['min']} to {ends['max']} of a dictionary of "
+            f"{len(flat.dictionary)}; the file is damaged: write it anew"
+        )
 
 
 def _refuse_beyond_int64(flat: pa.Array, offsets: NDArray[np.int64] | None, called: str, place: Place) -> None:
