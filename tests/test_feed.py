@@ -278,7 +278,8 @@ def test_scoring_reads_every_row_once_in_the_order_of_the_files(tmp_path: Path) 
         spaces_by_collection=spaces.spaces_by_collection,
         step_after=spaces.step_after,
     )
-    with evaluation._rows_once(state, data.dataset, data.columns, data.config) as (batches, steps):
+    found = evaluation._rows_once(state, data.dataset, data.columns, data.config, lambda: False)
+    with found as (batches, steps):
         read = [batch.raw for batch in batches.batches(steps)]
     assert len(read) == steps
     numbers = np.concatenate([raw.row_numbers[: raw.num_rows] for raw in read])

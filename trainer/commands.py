@@ -12,7 +12,7 @@ from pathlib import Path
 import models
 from trainer import checkpoint, interchange, loop
 from trainer import manifest as manifests
-from trainer.config import RunConfig, to_plain
+from trainer.config import LARGEST_BATCH, RunConfig, to_plain
 from trainer.dataset import Dataset, open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
@@ -227,8 +227,8 @@ def predict(
     Raises:
         UserError: on every rank alike.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"--batch-size is {batch_size}, expected 1 or more")
+    if batch_size is not None and not 1 <= batch_size <= LARGEST_BATCH:
+        raise ConfigError(f"--batch-size is {batch_size}, expected 1 to {LARGEST_BATCH}")
     log_to_terminal()
     quiet_libraries()
     with join_world(standalone=not launched()) as world:

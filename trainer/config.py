@@ -24,6 +24,9 @@ ShardingType = Literal[
     "grid_shard",
 ]
 
+LARGEST_BATCH = 1 << 24
+"""Rows of a step over all ranks: what is made of them must be numbered in 32 bits."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableConfig:
@@ -235,8 +238,8 @@ class DataConfig:
         require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
         require(self.prefetch_batches >= 1, f"prefetch_batches is {self.prefetch_batches}, expected 1 or more")
         require(
-            self.global_batch_size <= 1 << 24,
-            f"global_batch_size is {self.global_batch_size}, expected at most 2**24: all ranks' rows of a step",
+            self.global_batch_size <= LARGEST_BATCH,
+            f"global_batch_size is {self.global_batch_size}, expected at most {LARGEST_BATCH}",
         )
         nearest = max(1, round(self.global_batch_size / self.streams)) * self.streams
         require(
