@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from trainer.config import (
-    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     RunConfig,
@@ -103,11 +102,6 @@ DATA_MISTAKES: list[tuple[dict[str, Any], str]] = [
 OTHER_MISTAKES = [
     (ShardingConfig, {"memory_gib": -1.0}, "memory_gib is -1.0, expected 0 or more"),
     (ShardingConfig, {"memory_gib": float("inf")}, "memory_gib is inf, expected 0 or more"),
-    (EvaluationConfig, {"every_steps": -1}, "every_steps is -1, expected 0 or more"),
-    (EvaluationConfig, {"patience": -1}, "patience is -1, expected 0 or more"),
-    (EvaluationConfig, {"min_improvement": -0.5}, "min_improvement is -0.5, expected 0 or more"),
-    (CheckpointConfig, {"every_steps": -1}, "every_steps is -1, expected 0 or more"),
-    (CheckpointConfig, {"keep": 1}, "keep is 1, expected 2 or more, so that one good one is always left"),
 ]
 
 SECTION_MISTAKES = [
@@ -196,13 +190,6 @@ def test_linear_tables_start_at_zero_and_embeddings_near_it_unless_told() -> Non
     told = InitConfig(kind="normal", scale=0.5)
     assert table(init=told).initial == told
     assert table(role="linear", dim=1, init=told).initial == told
-
-
-@pytest.mark.parametrize(
-    ("metric", "higher"), [("auc", True), ("gauc", True), ("logloss_nats", False), ("normalized_entropy", False)]
-)
-def test_ranking_metrics_are_better_when_higher_and_losses_when_lower(metric: Any, higher: bool) -> None:
-    assert EvaluationConfig(metric=metric).higher_is_better is higher
 
 
 def test_plain_data_have_every_default_and_no_absent_value_and_are_json() -> None:

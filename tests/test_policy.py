@@ -26,6 +26,7 @@ ORDER = (
     "ending",
     "recipe",
     "guard",
+    "boundary",
     "config",
     "description",
     "device",

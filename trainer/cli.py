@@ -111,9 +111,9 @@ def _add_predict(commands: Commands) -> None:
     predict = _command(commands, "predict", what, _predict)
     predict.epilog = _PREDICT
     predict.add_argument(
-        "path", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
+        "path", type=locate, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
     )
-    predict.add_argument("out", type=Path, metavar="OUT.parquet", help="the file to write")
+    predict.add_argument("out", type=local, metavar="OUT.parquet", help="the file to write")
     predict.add_argument(
         "--data", action="append", required=True, metavar="GLOB", help="Parquet files to score; may be given often"
     )

@@ -220,7 +220,7 @@ def _evaluate(path: Location, patterns: Sequence[str] | None, world: World) -> d
 
 
 def predict(
-    path: Path, out: Path, patterns: Sequence[str], *, keep: Sequence[str], batch_size: int | None, overwrite: bool
+    path: Location, out: Path, patterns: Sequence[str], *, keep: Sequence[str], batch_size: int | None, overwrite: bool
 ) -> str:
     """Write a checkpoint's prediction for every row of data; what was done, in words, on the chief alone.
 
@@ -237,7 +237,7 @@ def predict(
 
 
 def _predict(
-    path: Path,
+    path: Location,
     out: Path,
     patterns: Sequence[str],
     world: World,

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.boundary import CheckpointConfig, EvaluationConfig, ReportConfig
 from trainer.guard import PreemptionConfig, WatchdogConfig
 from trainer.location import refuse_secrets
 from trainer.recipe import DenseOptimizerConfig, InitConfig, PrecisionConfig, SparseOptimizerConfig, require
@@ -273,62 +274,6 @@ class ShardingConfig:
         require(0 <= self.memory_gib < math.inf, f"memory_gib is {self.memory_gib}, expected 0 or more")
         twice = len(set(self.kernels)) < len(self.kernels)
         require(not twice, f"kernels is {list(self.kernels)}, expected each kernel once")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationConfig:
-    """When validation is scored and what follows from it."""
-
-    every_steps: int = 0
-    """Steps between scorings of validation; 0 scores it at the end of each epoch."""
-
-    metric: Literal["auc", "gauc", "logloss_nats", "normalized_entropy"] = "auc"
-    """What the best checkpoint and early stopping go by."""
-
-    patience: int = 0
-    """Scorings without improvement after which training stops; 0 never stops early."""
-
-    min_improvement: float = 1e-6
-    """Smaller changes of the metric count as none."""
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
-        require(self.patience >= 0, f"patience is {self.patience}, expected 0 or more")
-        require(0 <= self.min_improvement < math.inf, f"min_improvement is {self.min_improvement}, expected 0 or more")
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger value of ``metric`` is the better one."""
-        return self.metric in ("auc", "gauc")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    """When state is saved and what is kept."""
-
-    every_steps: int = 500
-    """Steps between checkpoints; one is always saved at the end. 0 saves at the end and after each scoring only."""
-
-    keep: int = 3
-    """Newest checkpoints kept; the best by validation is kept besides."""
-
-    mode: Literal["async", "sync"] = "async"
-    """Training stops until tables and moments are copied in the host's memory, or until they are on disk."""
-
-    when_busy: Literal["wait", "skip"] = "wait"
-    """What becomes of a checkpoint that is due while the one before is being written; only ``every_steps`` skips."""
-
-    def __post_init__(self) -> None:
-        require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
-        require(self.keep >= 2, f"keep is {self.keep}, expected 2 or more, so that one good one is always left")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportConfig:
-    """What is written about the run besides the terminal and metrics.jsonl."""
-
-    tensorboard: bool = True
-    """Write TensorBoard events under the output's ``tensorboard`` folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

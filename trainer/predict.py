@@ -25,7 +25,7 @@ from trainer.data import spans_of
 from trainer.dataset import Dataset, RowGroupReader
 from trainer.errors import DataError, MetricError, OutputError
 from trainer.evaluation import score_rows, shared_by
-from trainer.manifest import sync_directory
+from trainer.location import locate, sync_directory
 from trainer.order import EpochOrder, Piece, Spans
 from trainer.schema import Columns, names_matching
 from trainer.splits import open_part
@@ -47,7 +47,8 @@ def check_output(out: Path, dataset: Dataset, *, overwrite: bool) -> None:
     """
     if out.is_dir():
         raise OutputError(f"{out} is a folder; name a file, such as {out / 'predictions.parquet'}")
-    if out.exists() and any(os.path.samefile(out, file.path) for file in dataset.files):
+    here = [path for path in (locate(file.path) for file in dataset.files) if isinstance(path, Path)]
+    if out.exists() and any(os.path.samefile(out, path) for path in here):
         raise OutputError(f"{out} is one of the files to score; name another file")
     if os.path.lexists(out) and not overwrite:
         raise OutputError(f"{out} exists; name another file or pass --overwrite")
