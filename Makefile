@@ -17,7 +17,7 @@ STAMP := $(VENV)/installed
 # TorchX's local scheduler looks for torchrun on PATH.
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help install train test test-slurm test-hosts lint clean distclean
+.PHONY: help install train test test-faults test-slurm test-hosts lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -50,6 +50,9 @@ lint: install ## check style, format and types
 
 test: lint ## check everything, then run all tests
 	$(RUN) pytest
+
+test-faults: install ## do hundreds of faults to runs, print how many they survived (ten minutes; `make test` does a sample)
+	SHARDREC_FAULTS=full $(RUN) pytest tests/faults
 
 test-slurm: install ## run jobs on a real Slurm of two nodes on this machine (root; says which Debian packages it lacks)
 	$(RUN) pytest -s tests/slurm/test_slurm.py

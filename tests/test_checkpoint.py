@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.command_line import call, digests
 from tests.distributed.training import saved_table
 from tests.small_data import SPARSE, run_plain, run_toml
+from tests.test_manifest import manifest
 from trainer import checkpoint, contents
 from trainer import manifest as manifests
 from trainer.config import RunConfig
@@ -41,7 +42,7 @@ def test_steps_are_those_of_folders_with_a_manifest_in_the_order_of_numbers(tmp_
 
 
 @given(
-    steps=st.lists(st.integers(0, 10**9), unique=True, max_size=8),
+    steps=st.lists(st.integers(0, 10**9), unique=True, min_size=1, max_size=8),
     keep=st.integers(2, 5),
     choice=st.integers(0, 9),
 )
@@ -51,17 +52,26 @@ def test_the_newest_and_the_best_are_kept_and_no_other(
     directory = tmp_path_factory.mktemp("kept")
     pretend(directory, *steps)
     best = steps[choice] if choice < len(steps) else None
-    checkpoint.retain(directory, keep, best)
+    evaluations = () if best is None else ((best, 0.5),)
+    checkpoint.retain(directory, manifest(step=max(steps), evaluations=evaluations), keep, higher_is_better=True)
     expected = {*sorted(steps, reverse=True)[:keep], *([] if best is None else [best])}
     assert checkpoint.steps_in(directory) == sorted(expected)
     assert len(list(directory.iterdir())) == len(expected)
 
 
-def test_what_a_killed_save_left_is_not_deleted_as_an_old_checkpoint(tmp_path: Path) -> None:
-    pretend(tmp_path, 1, 2, 3)
-    pretend(tmp_path, 0, 4, whole=False)
-    checkpoint.retain(tmp_path, 2, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (0, 2, 3, 4)]
+def test_what_killed_saves_and_deletions_left_does_not_count_and_goes_with_the_old(tmp_path: Path) -> None:
+    pretend(tmp_path, 1, 2, 4)
+    pretend(tmp_path, 0, 3, 5, whole=False)
+    checkpoint.retain(tmp_path, manifest(step=4, evaluations=()), 2, higher_is_better=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 4, 5)]
+
+
+def test_damaged_checkpoints_after_the_one_that_a_run_went_on_from_do_not_take_the_places_of_good_ones(
+    tmp_path: Path,
+) -> None:
+    pretend(tmp_path, 5, 6, 7, 8, 10)
+    checkpoint.retain(tmp_path, manifest(step=7, evaluations=()), 2, higher_is_better=True)
+    assert checkpoint.steps_in(tmp_path) == [6, 7, 8, 10]
 
 
 def test_a_checkpoint_that_is_being_deleted_counts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ ORDER = (
     "peers",
     "rendezvous",
     "world",
+    "lock",
     "ending",
     "recipe",
     "guard",

@@ -232,10 +232,16 @@ def best_good(directory: Location, world: World, *, higher_is_better: bool) -> t
         return newest
 
 
-def retain(directory: Location, keep: int, best_step: int | None) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one; what cannot be deleted is named in the log."""
-    for step in steps_in(directory)[:-keep]:
-        if step != best_step:
+def retain(directory: Location, newest: Manifest, keep: int, *, higher_is_better: bool) -> None:
+    """Delete the checkpoints before ``newest``, but the best one and as many as make ``keep`` with it.
+
+    What killed saves and deletions left there goes too; what cannot be deleted is named in the log. Those after
+    ``newest`` are damaged, or the run would have gone on from them: they stay, and do not count.
+    """
+    best = newest.best(higher_is_better)
+    kept = [step for step in steps_in(directory) if step <= newest.step][-keep:]
+    for step in _begun_in(directory):
+        if step < newest.step and step not in kept and (best is None or step != best[0]):
             try:
                 discard(path_of(directory, step))
             except OSError as error:

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
 from trainer.guard import STACKS, Guard
 from trainer.location import Location, delete, locate, names_in, write_atomically
+from trainer.lock import only_run
 from trainer.plots import GROWTH, draw_growth
 from trainer.predict import check_output, kept_schema
 from trainer.predict import predict as write_predictions
@@ -50,21 +51,23 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     quiet_libraries()
     guard = Guard(config.preemption, config.watchdog, output / STACKS if isinstance(output, Path) else None)
     with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
-        if fresh:
-            _clear(output, world)
-        run = start(open_inputs(config, world), world)
-        _announce(run)
-        try:
-            with guard.work():
-                finished = loop.train(run, guard)
-            if finished:
-                _finish(run, guard)
-        except UserError:
-            with suppress(OutputError):  # the mistake is what the user must hear of
+        inputs = open_inputs(config, world)
+        with only_run(config.output, world):
+            if fresh:
+                _clear(output, world)
+            run = start(inputs, world)
+            _announce(run)
+            try:
+                with guard.work():
+                    finished = loop.train(run, guard)
+                if finished:
+                    _finish(run, guard)
+            except UserError:
+                with suppress(OutputError):  # the mistake is what the user must hear of
+                    _draw(run)
+                raise
+            with world.together():
                 _draw(run)
-            raise
-        with world.together():
-            _draw(run)
     return finished
 
 

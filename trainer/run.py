@@ -17,7 +17,8 @@ from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
 from trainer.device import check_device
 from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
-from trainer.location import Location, locate, make_folder
+from trainer.location import Location, locate
+from trainer.lock import make_output
 from trainer.manifest import Manifest
 from trainer.order import streams_of
 from trainer.remote import Remote
@@ -149,6 +150,9 @@ def start(inputs: Inputs, world: World) -> Run:
     path, manifest = found
     with world.together():
         check_same_run(manifest, inputs, path)
+        if world.is_chief:  # the last one may have been killed before it had done so
+            higher_is_better = inputs.config.evaluation.higher_is_better
+            checkpoint.retain(directory, manifest, inputs.config.checkpoint.keep, higher_is_better=higher_is_better)
     state = load_state(path, manifest, inputs.config, len(inputs.columns.dense), world, epoch_steps)
     return Run(inputs, state, manifest.cursor, manifest.evaluations, is_saved=True)
 
@@ -182,12 +186,10 @@ def load_state(
 
 
 def _make_output(output: Location, world: World) -> None:
-    if isinstance(output, Remote) and output.scheme == "memory" and world.size > 1:
+    if not isinstance(output, Remote):
+        make_output(output)
+    elif output.scheme == "memory" and world.size > 1:
         raise OutputError(f"output {output} is in the memory of one process, and there are {world.size}; name another")
-    try:
-        make_folder(output)
-    except OSError as error:
-        raise OutputError(f"output {output} cannot be made: {error.strerror}; name another folder") from error
 
 
 def check_same_run(manifest: Manifest, inputs: Inputs, path: Location) -> None:

@@ -127,9 +127,12 @@ class Saver:
     def _write(self, content: Content, manifest: Manifest, world: World) -> None:
         """Write a checkpoint, and let go those that are no longer to be kept: none is being written or read then."""
         checkpoint.write(checkpoint.path_of(self._directory, manifest.step), content, manifest, world)
-        if world.is_chief:
-            best = manifest.best(self._config.evaluation.higher_is_better)
-            checkpoint.retain(self._directory, self._config.checkpoint.keep, best[0] if best else None)
+        with world.together():
+            if world.is_chief:
+                higher_is_better = self._config.evaluation.higher_is_better
+                checkpoint.retain(
+                    self._directory, manifest, self._config.checkpoint.keep, higher_is_better=higher_is_better
+                )
 
     def _is_busy(self) -> bool:
         """Whether any rank is still writing."""

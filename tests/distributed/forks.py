@@ -36,17 +36,24 @@ def import_as_forks_do(modules: Path) -> None:
 
 
 def run_forks(
-    function: Callable[[int], None], world_size: int, victim: int = 0, dies_seconds: float = DIES_SECONDS
+    function: Callable[[int], None],
+    world_size: int,
+    victim: int = 0,
+    dies_seconds: float = DIES_SECONDS,
+    kill_after: float = 0.0,
 ) -> list[int]:
     """Run ``function`` in a fork for each rank; their exit codes, minus a signal if one ended it.
 
-    Once the victim has died, the others get a moment to find out, and are then killed, as a launcher does.
+    With ``kill_after``, the victim is killed that many seconds after its start, unless it has ended. Once the victim
+    has died, the others get a moment to find out, and are then killed, as a launcher does.
     """
     faulthandler.cancel_dump_traceback_later()  # a fork that sets it anew would wait for a thread that it lacks
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     pids = [_fork(function, rank, world_size, port) for rank in range(world_size)]
+    if kill_after:
+        _kill_after(kill_after, pids[victim])
     codes = {pids[victim]: os.waitstatus_to_exitcode(os.waitpid(pids[victim], 0)[1])}
     deadline = time.monotonic() + (dies_seconds if codes[pids[victim]] else LONGEST_SECONDS)
     for pid in set(pids) - set(codes):
@@ -56,6 +63,15 @@ def run_forks(
             time.sleep(0.01)
         codes[pid] = os.waitstatus_to_exitcode(ended[1])
     return [codes[pid] for pid in pids]
+
+
+def _kill_after(seconds: float, pid: int) -> None:
+    deadline = time.monotonic() + seconds
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.001)
 
 
 def expect_success(ended: list[int]) -> None:
