@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from trainer import checkpoint, commands, ending, guard, loop
 from trainer.guard import Guard
 from trainer.manifest import Manifest
+from trainer.world import World
 
 Fault = Callable[[int], None]
 """What is done to a rank, given its number, before it starts."""
@@ -90,17 +91,17 @@ def save_longer_than_the_grace() -> None:
 
 def save_half(then: Callable[[], object]) -> None:
     """From step 6 on, have checkpoints be left half written by a thread that hangs."""
-    save = checkpoint.save
+    write = checkpoint.write
 
-    def half(path: Path, state: Any, manifest: Manifest) -> Manifest:
+    def half(path: Path, content: Any, manifest: Manifest, world: World) -> Manifest:
         if manifest.step < 6:
-            return save(path, state, manifest)
+            return write(path, content, manifest, world)
         (path / "shards").mkdir(parents=True)
         (path / "shards" / "rank-0").write_bytes(b"half")
         then()
         hang()
 
-    loop.checkpoint.save = half
+    checkpoint.write = half
 
 
 def hang_in_the_source(rank: int) -> None:
