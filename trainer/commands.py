@@ -24,7 +24,7 @@ from trainer.plots import GROWTH, draw_growth
 from trainer.predict import check_output, kept_schema
 from trainer.predict import predict as write_predictions
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
-from trainer.run import Run, check_same_files, load_state, open_inputs, start
+from trainer.run import Run, check_machine, check_same_files, load_state, open_inputs, start
 from trainer.schema import Columns, check_columns
 from trainer.sharding import describe as describe_plan
 from trainer.sharding import plan_rows, quiet_libraries
@@ -52,6 +52,7 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     guard = Guard(config.preemption, config.watchdog, output / STACKS if isinstance(output, Path) else None)
     with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
         inputs = open_inputs(config, world)
+        check_machine(inputs, world)
         with only_run(config.output, world):
             if fresh:
                 _clear(output, world)

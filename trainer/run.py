@@ -129,16 +129,24 @@ def _check_same_config(config: RunConfig, world: World) -> None:
             raise ConfigError(f"{different} is not the same on ranks 0 and {rank}; give every rank the same command")
 
 
+def check_machine(inputs: Inputs, world: World) -> None:
+    """Refuse a run for which this machine is not made, before anything is written. Collective.
+
+    Raises:
+        ConfigError: it needs another device, or more memory than there is.
+    """
+    with world.together():
+        check_device(inputs.config, world.device)
+        _check_size(inputs, world)
+
+
 def start(inputs: Inputs, world: World) -> Run:
     """The run at the newest good checkpoint of its output, or at its beginning. Collective.
 
     Raises:
         CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
-        ConfigError: the run description needs another device.
     """
     with world.together():
-        check_device(inputs.config, world.device)
-        _check_size(inputs, world)
         if world.is_chief:
             _make_output(locate(inputs.config.output), world)
     epoch_steps = steps_per_epoch(inputs.train, inputs.config.data)
