@@ -118,7 +118,10 @@ def test_both_ends_of_a_connection_end_when_the_other_host_is_silent() -> None:
     found = []
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            if port in (connection.getsockname()[1], connection.getpeername()[1]):
+            if connection.family == socket.AF_INET and port in (
+                connection.getsockname()[1],
+                connection.getpeername()[1],
+            ):
                 found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
     assert found == [7000, 7000]
     assert store.port == port
