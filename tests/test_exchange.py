@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,21 @@ def on_each_rank() -> dict[str, Any]:
         exchange.close()
         found["beside the world"] = (second.highest([world.rank]), world.sum_integers(1), second.highest([5]))
         second.close()
+        found["seconds until given up"] = seconds_alone(world)
         return found
+
+
+def seconds_alone(world: World) -> float | None:
+    """How long rank 0 waits for rank 1, which does not come."""
+    exchange = Exchange(world.rank, 2, timeout_seconds=1.0)
+    started, seconds = time.monotonic(), None
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed? ?out"):
+            exchange.highest([1])
+        seconds = time.monotonic() - started
+    world.sum_integers(1)
+    exchange.close()
+    return seconds
 
 
 def columns_of(world: World, sizes: tuple[int, int]) -> NDArray[np.int64]:
@@ -127,3 +142,8 @@ def test_maxima_are_exact_and_the_same_everywhere(ranks: list[dict[str, Any]]) -
 
 def test_leaving_one_exchange_leaves_the_others_and_the_world(ranks: list[dict[str, Any]]) -> None:
     assert [rank["beside the world"] for rank in ranks] == [([1], [2], [5])] * 2
+
+
+def test_a_rank_waits_for_another_as_long_as_it_is_told(ranks: list[dict[str, Any]]) -> None:
+    waited = ranks[0]["seconds until given up"]
+    assert 0.9 < waited < 60, "torch's own timeout is half an hour"

@@ -123,7 +123,7 @@ def _rows_once(
         epochs=1,
         shuffle=False,
     )
-    exchange = Exchange(world.rank, world.size)
+    exchange = Exchange(world.rank, world.size, timeout_seconds=world.timeout_seconds)
     mapper = Mapper(state, columns.sparse, dataset.place_of, exchange, learns=False)
     try:
         with Feed(raw, mapper, exchange, depth=data.prefetch_batches, wants_stop=wants_stop) as feed:

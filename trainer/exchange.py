@@ -5,6 +5,7 @@ Everything is int64 on the host. On one rank nothing is copied.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,11 +39,15 @@ class Received:
 class Exchange:
     """The ranks' mapping stages talking to each other; every rank makes the same calls in the same order."""
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        """Collective: makes a process group of its own, so that it can work beside training."""
+    def __init__(self, rank: int, world_size: int, *, timeout_seconds: float = 1800.0) -> None:
+        """Collective: makes a process group of its own, so that it can work beside training.
+
+        A rank waits ``timeout_seconds`` for another at most.
+        """
         self.rank = rank
         self.world_size = world_size
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
     def close(self) -> None:
         """Leave the process group."""

@@ -123,7 +123,8 @@ class _Session:
         self._score_what_was_left(report)
         if self.interrupted or self.step >= self.total_steps or has_stalled(self.evaluations, run.config):
             return
-        exchange = Exchange(run.state.world.rank, run.state.world.size)
+        world = run.state.world
+        exchange = Exchange(world.rank, world.size, timeout_seconds=world.timeout_seconds)
         mapper = Mapper(run.state, data.columns.sparse, data.train.place_of, exchange, learns=True)
         feed = Feed(
             self._rows_to_train(),
