@@ -4,7 +4,7 @@
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.blocks import MLPOptions
@@ -13,11 +13,11 @@ from models.deepfm import DeepFM
 from models.dnn import DNN
 from models.fm import FM
 from models.linear import LR
-from models.model import CTRModel, LinearSource
+from models.model import CTRModel, Field, LinearSource
 from models.options import one_of, unknown
 from models.wide_deep import WideDeep
 
-__all__ = ["MODELS", "CTRModel", "LinearSource", "build", "check_options", "linear_source", "options_of"]
+__all__ = ["MODELS", "CTRModel", "Field", "LinearSource", "build", "check_options", "linear_source", "options_of"]
 
 MODELS: dict[str, type[CTRModel]] = {
     "lr": LR,
@@ -29,18 +29,39 @@ MODELS: dict[str, type[CTRModel]] = {
     "wide_deep": WideDeep,
 }
 
-SIZES = ("num_dense", "num_fields", "dim")
+SIZES = ("num_dense", "num_fields", "dim", "fields", "sequences", "tasks")
 """Constructor arguments that the data and tables decide, not the run description's model section."""
 
 
-def build(kind: str, *, num_dense: int, num_fields: int, dim: int, **options: Any) -> CTRModel:
+def build(
+    kind: str,
+    *,
+    num_dense: int,
+    num_fields: int,
+    dim: int,
+    fields: Sequence[Field] = (),
+    sequences: Sequence[Field] = (),
+    tasks: Sequence[str] = ("click",),
+    **options: Any,
+) -> CTRModel:
     """Make the model ``kind`` for N dense features and F fields embedded in D columns.
+
+    ``fields``: what the F fields are; ``sequences``: what is given row by row, unpooled; ``tasks``: the labels. Only
+    models whose constructors have these arguments get them.
 
     Raises:
         ValueError: an unknown kind, an unknown, missing or wrong option; one line that names the nearest right one.
     """
     check_options(kind, options)
-    return MODELS[kind](num_dense=num_dense, num_fields=num_fields, dim=dim, **options)
+    accepted = inspect.signature(MODELS[kind]).parameters
+    if len(tasks) > 1 and "tasks" not in accepted:
+        raise ValueError(f"model kind {kind!r} predicts one label, and there are {len(tasks)}: {', '.join(tasks)}")
+    if sequences and "sequences" not in accepted:
+        names = ", ".join(repr(field.feature) for field in sequences)
+        raise ValueError(f"model kind {kind!r} reads no sequences, and there are: {names}")
+    known = {"fields": tuple(fields), "sequences": tuple(sequences), "tasks": tuple(tasks)}
+    given = {name: value for name, value in known.items() if name in accepted}
+    return MODELS[kind](num_dense=num_dense, num_fields=num_fields, dim=dim, **given, **options)
 
 
 def check_options(kind: str, options: Mapping[str, object]) -> None:

@@ -4,7 +4,7 @@ Shapes, here and in all files of ``models``: B rows, N dense features, F fields 
 H units, I = F * D + N inputs of a deep part. B may be 0 or 1, N and F1 may be 0.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,10 +12,18 @@ LinearSource = Literal["table", "projection", "none"]
 """Where the first-order weights of the fields come from: 1-wide tables, a projection of the embeddings, nowhere."""
 
 
+class Field(NamedTuple):
+    """One place of ``embeddings_BFD``: which feature, embedded by which table."""
+
+    table: str
+    feature: str
+
+
 class CTRModel(nn.Module):
     """A model of click-through rate, without its tables.
 
-    The constructor takes keywords only: ``num_dense`` (N), ``num_fields`` (F), ``dim`` (D) and the model's options.
+    The constructor takes keywords only: ``num_dense`` (N), ``num_fields`` (F), ``dim`` (D) and the model's options; and
+    where it has them ``fields``, the F ``Field``, ``sequences``, those that are not pooled, and ``tasks``, the labels.
     All parameters take part in every backward, also with no rows, so that data-parallel training never waits.
     """
 

@@ -242,3 +242,11 @@ def test_the_source_of_first_order_weights_is_the_option_or_its_default():
         models.linear_source("dpn", {})
     with pytest.raises(ValueError, match="did you mean 'projection'"):
         models.linear_source("deepfm", {"linear": "projected"})
+
+
+def test_labels_and_sequences_that_a_model_does_not_read_are_refused_by_name():
+    sizes = {"num_dense": 0, "num_fields": 4, "dim": 3}
+    with pytest.raises(ValueError, match="model kind 'fm' predicts one label, and there are 2: click, buy"):
+        models.build("fm", tasks=("click", "buy"), **sizes)
+    with pytest.raises(ValueError, match="model kind 'fm' reads no sequences, and there are: 'viewed'"):
+        models.build("fm", sequences=[models.Field("item", "viewed")], **sizes)

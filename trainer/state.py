@@ -297,6 +297,8 @@ def build_model(config: RunConfig, num_dense: int) -> nn.Module:
             num_dense=num_dense,
             num_fields=sum(len(table.features) for table in embeddings),
             dim=embeddings[0].dim if embeddings else 0,
+            fields=[models.Field(table.name, feature) for table in embeddings for feature in table.features],
+            tasks=config.data.labels,
             **options,
         )
     except ValueError as error:
