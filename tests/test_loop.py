@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from tests.command_line import Outcome, call
+from tests.command_line import Outcome, call, digests
 from tests.small_data import SPARSE, run_plain, run_toml, write_click_log
 from trainer.checkpoint import path_of, steps_in
 from trainer.config import RunConfig
@@ -91,6 +91,25 @@ def test_a_run_has_stalled_when_the_last_scorings_do_not_beat_those_before(
 def test_improvements_below_the_threshold_count_as_none(values: list[float], stalled: bool) -> None:
     config = described(evaluation={"patience": 2, "min_improvement": 0.01})
     assert has_stalled(list(enumerate(values)), config) == stalled
+
+
+def test_rates_fall_with_every_scoring_that_does_not_beat_the_best_before_it(tmp_path: Path) -> None:
+    write_click_log(tmp_path, rows=320)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = run_toml(
+        tmp_path, data={"epochs": 12}, dense_optimizer={"lr": 0.03}, evaluation={"reduce_rates": 0.5, "patience": 9}
+    )
+    assert call("train", run, "--set", f"output={whole}").code == 0
+    for steps in (25, 40, 60):  # ends of epochs: the end of a run is scored as well
+        assert call("train", run, "--set", f"output={parts}", "--set", f"max_steps={steps}").code == 0
+    lines, best, scale = metrics_of(whole), 0.0, 1.0
+    for line in lines:
+        for name in ("learning_rate/dense", "learning_rate/embedding.embedding.weight"):
+            assert line[name] == pytest.approx(lines[0][name] * scale, rel=1e-6)
+        scale *= 1.0 if line["validation_auc"] > best + 1e-6 else 0.5
+        best = max(best, line["validation_auc"])
+    assert scale < 0.5
+    assert digests(whole) == digests(parts)
 
 
 @pytest.fixture(scope="module")

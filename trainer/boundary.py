@@ -25,8 +25,12 @@ class EvaluationConfig:
     min_improvement: float = 1e-6
     """Smaller changes of the metric count as none."""
 
+    reduce_rates: float = 1.0
+    """What all learning rates are multiplied by after each scoring without improvement; 1 leaves them alone."""
+
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, f"every_steps is {self.every_steps}, expected 0 or more")
+        require(0 < self.reduce_rates <= 1, f"reduce_rates is {self.reduce_rates}, expected above 0, at most 1")
         require(self.patience >= 0, f"patience is {self.patience}, expected 0 or more")
         require(0 <= self.min_improvement < math.inf, f"min_improvement is {self.min_improvement}, expected 0 or more")
 

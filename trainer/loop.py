@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from itertools import takewhile
 
 import torch
 
@@ -66,12 +67,24 @@ def total_steps_of(config: RunConfig, epoch_steps: int) -> int:
 
 def has_stalled(evaluations: list[tuple[int, float]], config: RunConfig) -> bool:
     """Whether early stopping ends the run: ``patience`` scorings in a row did not improve on the best before them."""
-    sign = 1.0 if config.evaluation.higher_is_better else -1.0
-    best, without = float("-inf"), 0
-    for _, value in evaluations:
-        improved = sign * value > best + config.evaluation.min_improvement
-        best, without = (sign * value, 0) if improved else (best, without + 1)
+    newest_first = reversed(improvements(evaluations, config))
+    without = sum(1 for _ in takewhile(lambda improved: not improved, newest_first))
     return bool(config.evaluation.patience) and without >= config.evaluation.patience
+
+
+def rates_scale(evaluations: list[tuple[int, float]], config: RunConfig) -> float:
+    """What learning rates are multiplied by: ``reduce_rates`` once for each scoring that did not improve."""
+    return config.evaluation.reduce_rates ** improvements(evaluations, config).count(False)
+
+
+def improvements(evaluations: list[tuple[int, float]], config: RunConfig) -> list[bool]:
+    """Whether each scoring improved on the best before it."""
+    sign = 1.0 if config.evaluation.higher_is_better else -1.0
+    best, improved = float("-inf"), []
+    for _, value in evaluations:
+        improved.append(sign * value > best + config.evaluation.min_improvement)
+        best = sign * value if improved[-1] else best
+    return improved
 
 
 class _Session:
@@ -87,6 +100,7 @@ class _Session:
         self._saved = run.cursor if run.is_saved else None
         """Where the newest checkpoint goes on."""
         self._saver = Saver(run.state, run.checkpoints, run.config)
+        self._scale_rates()
 
     @property
     def step(self) -> int:
@@ -260,9 +274,13 @@ class _Session:
         )
         if metrics:
             self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
+            self._scale_rates()
         else:
             self.interrupted = True
         return metrics
+
+    def _scale_rates(self) -> None:
+        self._run.state.optimizer.scale_rates(rates_scale(self.evaluations, self._run.config))
 
     def _score_what_was_left(self, report: Report) -> None:
         """Score validation where a stop left that undone, and add the result to the checkpoint."""

@@ -241,6 +241,7 @@ class Optimizer:
         """``groups``: the interaction model's first, then data-parallel tables. ``fused``: of the other tables."""
         self.steps = 0
         """Steps taken; equally, the number of the next step."""
+        self._scale = 1.0
         self._max_grad_norm = max_grad_norm
         self.set_groups(groups, fused)
 
@@ -258,7 +259,13 @@ class Optimizer:
         """Set every learning rate for step ``step``, which comes next."""
         self.steps = step
         for rate in self._rates:
-            rate.assign(rate.at(step))
+            rate.assign(self._scale * rate.at(step))
+
+    def scale_rates(self, scale: float) -> None:
+        """Multiply every learning rate by ``scale``, from the next step on and beside its schedule."""
+        if scale != self._scale:
+            self._scale = scale
+            self.start_at(self.steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the dense gradients."""
@@ -275,4 +282,4 @@ class Optimizer:
 
     def learning_rates(self) -> dict[str, float]:
         """The rate that each group uses in the next step, by name; fused tables of other ranks are not in it."""
-        return {rate.name: rate.at(self.steps) for rate in self._rates}
+        return {rate.name: self._scale * rate.at(self.steps) for rate in self._rates}
