@@ -275,10 +275,21 @@ class Optimizer:
     def step(self) -> None:
         """Update the dense parameters and move on to the next step's learning rates."""
         if self._max_grad_norm:
-            nn.utils.clip_grad_norm_(self.groups[0].parameters.values(), self._max_grad_norm)
+            self._clip()
         for group in self.groups:
             group.optimizer.step()
         self.start_at(self.steps + 1)
+
+    def _clip(self) -> None:
+        """Scale the gradients of all groups down to the norm that they may have together.
+
+        Added up in float64, so that the layout of data-parallel tables does not show in the sum's float32.
+        """
+        weights = [weight for group in self.groups for weight in group.parameters.values() if weight.grad is not None]
+        norms = [torch.linalg.vector_norm(weight.grad, dtype=torch.float64) for weight in weights]
+        if norms:
+            total = torch.linalg.vector_norm(torch.stack(norms)).float()
+            nn.utils.clip_grads_with_norm_(weights, self._max_grad_norm, total)
 
     def learning_rates(self) -> dict[str, float]:
         """The rate that each group uses in the next step, by name; fused tables of other ranks are not in it."""

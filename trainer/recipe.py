@@ -105,7 +105,7 @@ class DenseOptimizerConfig:
     """L2 added to the gradient; for adamw decoupled from it."""
 
     max_grad_norm: float = 0.0
-    """Gradient norm over all dense parameters is clipped to this; 0 does not clip."""
+    """Gradient norm over all dense parameters and data-parallel tables is clipped to this; 0 does not clip."""
 
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """How the learning rate moves."""
