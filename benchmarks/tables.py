@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import idmap, limits, peers, reading, scaling, stall, throughput
+from benchmarks import accuracy, idmap, limits, peers, reading, scaling, stall, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -76,6 +76,11 @@ def larger(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{picture}\n\n{scaling.tables_of(record)}"
 
 
+def predicting_well(record: dict[str, Any]) -> str:
+    """The record of accuracy.py."""
+    return f"{_origin(record)}\n\n{accuracy.table_of(record)}"
+
+
 def standing_still(record: dict[str, Any]) -> str:
     """The record of stall.py."""
     return f"{_origin(record)}\n\n{stall.table_of(record)}"
@@ -84,6 +89,7 @@ def standing_still(record: dict[str, Any]) -> str:
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
+        "accuracy": predicting_well,
         "checkpoints": checkpoints,
         "growth": growth,
         "idmap": identity_map,

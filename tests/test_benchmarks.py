@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import checkpoints, exact_ids, growth, limits, peer_models, peers, record, stall, tables, workload
+from benchmarks import (
+    accuracy,
+    checkpoints,
+    exact_ids,
+    growth,
+    limits,
+    peer_models,
+    peers,
+    record,
+    stall,
+    tables,
+    workload,
+)
 from trainer.description import load
 from trainer.tables import lay_out
 
@@ -292,4 +304,26 @@ def test_a_stall_is_told_as_a_share_of_the_segment_beside_it() -> None:
     line = stall.table_of({"stall": [found]}).splitlines()[2]
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         *("async", "2", "7", "200", "300", "2,500", "7.5", "10.0", "90", "10.0")
+    ]
+
+
+def test_accuracies_are_averaged_over_seeds_and_compared_with_plain_pytorch() -> None:
+    def ended(auc: float) -> dict[str, Any]:
+        return {"auc": auc, "logloss_nats": 0.2, "validation_auc": 0.9, "epochs": 3}
+
+    ways = {"trainer": accuracy._summary([ended(0.97), ended(0.99)]), "plain": accuracy._summary([ended(0.985)])}
+    published = {"auc": 0.98, "logloss_nats": 0.1}
+    (line,) = accuracy._rows([{"model": "fm", **ways, "published": published}])
+    assert line == [
+        "fm",
+        "2",
+        "0.98000",
+        "0.01000",
+        "0.98500",
+        "1",
+        "-0.00500",
+        "0.98000",
+        "0.20000",
+        "0.20000",
+        "0.10000",
     ]

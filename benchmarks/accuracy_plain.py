@@ -1,0 +1,107 @@
+"""What plain PyTorch makes of a Frappe run description: the same model and recipe without any of the trainer.
+
+One table for each role as ``nn.Embedding``, torch.optim.Adam, L2 over whole tables as a term of the loss, batches by
+``torch.randperm``, AUC and log loss by scikit-learn. Reads of the trainer its run descriptions and nothing more.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from sklearn.metrics import log_loss, roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import models
+
+
+class Plain(nn.Module):
+    """Tables and interaction model."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        super().__init__()
+        options = dict(run["model"])
+        self.tables = nn.ModuleDict()
+        for table in run["tables"]:
+            embedding = nn.Embedding(table["rows"], table["dim"])
+            nn.init.normal_(embedding.weight, std=table["init"]["scale"])
+            self.tables[table.get("role", "embedding")] = embedding
+        embedded = [table for table in run["tables"] if table.get("role", "embedding") == "embedding"]
+        self.model = models.build(
+            options.pop("kind"),
+            num_dense=0,
+            num_fields=sum(len(table["features"]) for table in embedded),
+            dim=embedded[0]["dim"] if embedded else 0,
+            fields=[models.Field(table["name"], feature) for table in embedded for feature in table["features"]],
+            **options,
+        )
+
+    def forward(self, ids_BF: Tensor) -> Tensor:
+        """Logits, [B]."""
+        dense_BN = torch.empty(len(ids_BF), 0)
+        none = torch.empty(len(ids_BF), 0, 0)
+        embeddings_BFD = self.tables["embedding"](ids_BF) if "embedding" in self.tables else none
+        linear_BF = self.tables["linear"](ids_BF).squeeze(2) if "linear" in self.tables else none.squeeze(2)
+        logits_B: Tensor = self.model(dense_BN, embeddings_BFD, linear_BF)
+        return logits_B
+
+
+def read(run: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
+    """Ids [rows, F] and labels [rows]."""
+    (pattern,) = run["data"][split]
+    table = pq.read_table(sorted(Path().glob(pattern)))
+    ids = torch.stack([torch.from_numpy(table[name].to_numpy()).long() for name in run["tables"][0]["features"]], dim=1)
+    return ids, torch.from_numpy(table[run["data"]["labels"][0]].to_numpy()).float()
+
+
+def train(path: Path, seed: int) -> dict[str, float]:
+    """Train by the run description at ``path``; the test metrics of the best epoch by validation AUC."""
+    run = tomllib.loads(path.read_text(encoding="utf-8"))
+    torch.manual_seed(seed)
+    splits = {split: read(run, split) for split in ("train", "validation", "test")}
+    model = Plain(run)
+    lr, l2 = run["dense_optimizer"]["lr"], {t["optimizer"]["weight_decay"] for t in run["tables"]}.pop()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    best, without, epochs, kept = -1.0, 0, 0, model.state_dict()
+    while without < run["evaluation"]["patience"] and epochs < run["data"]["epochs"]:
+        epochs += 1
+        _epoch(model, optimizer, splits["train"], run, l2)
+        auc = score(model, *splits["validation"])["auc"]
+        if auc > best + 1e-6:
+            best, without = auc, 0
+            kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            continue
+        without += 1
+        for group in optimizer.param_groups:
+            group["lr"] *= run["evaluation"]["reduce_rates"]
+    model.load_state_dict(kept)
+    return score(model, *splits["test"]) | {"validation_auc": best, "epochs": epochs}
+
+
+def _epoch(
+    model: Plain, optimizer: torch.optim.Optimizer, rows: tuple[Tensor, Tensor], run: dict[str, Any], l2: float
+) -> None:
+    ids, labels = rows
+    model.train()
+    for batch in torch.randperm(len(ids)).split(run["data"]["global_batch_size"]):
+        optimizer.zero_grad()
+        loss = binary_cross_entropy_with_logits(model(ids[batch]), labels[batch])
+        squares = torch.stack([weight.square().sum() for weight in model.tables.parameters()]).sum()
+        (loss + 0.5 * l2 * squares).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run["dense_optimizer"]["max_grad_norm"])
+        optimizer.step()
+
+
+@torch.no_grad()
+def score(model: Plain, ids: Tensor, labels: Tensor) -> dict[str, float]:
+    """AUC and log loss in nats."""
+    model.eval()
+    logits = torch.cat([model(batch) for batch in ids.split(1 << 14)]).double()
+    return {
+        "auc": float(roc_auc_score(labels.numpy(), logits.numpy())),
+        "logloss_nats": float(log_loss(labels.numpy(), logits.sigmoid().numpy())),
+    }
