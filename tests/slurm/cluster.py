@@ -23,7 +23,16 @@ from tests.slurm.processes import Programs, wait_until, with_patience, with_vari
 
 NODES = ("127.0.0.1", "127.0.0.2")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server-core", "mariadb-client-core")
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "slurmdbd", "mariadbd", "mariadb-install-db")
+_PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "slurmdbd",
+    "mariadbd",
+    "mariadb-install-db",
+    "my_print_defaults",
+)
 _SECONDS_TO_START = 30
 _SECONDS_TO_MISS = 10
 """Time in which a node that is gone is found missing."""
