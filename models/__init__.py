@@ -11,11 +11,13 @@ from models.blocks import MLPOptions
 from models.dcn import DCN, DCNv2
 from models.deepfm import DeepFM
 from models.dnn import DNN
+from models.finalmlp import FinalMLP
 from models.fm import FM
 from models.linear import LR
 from models.model import CTRModel, Field, LinearSource
 from models.options import one_of, unknown
 from models.wide_deep import WideDeep
+from models.xdeepfm import XDeepFM
 
 __all__ = ["MODELS", "CTRModel", "Field", "LinearSource", "build", "check_options", "linear_source", "options_of"]
 
@@ -27,6 +29,8 @@ MODELS: dict[str, type[CTRModel]] = {
     "dcn": DCN,
     "dcnv2": DCNv2,
     "wide_deep": WideDeep,
+    "xdeepfm": XDeepFM,
+    "finalmlp": FinalMLP,
 }
 
 SIZES = ("num_dense", "num_fields", "dim", "fields", "sequences", "tasks")
