@@ -32,13 +32,26 @@ VARIANTS = [
     ("finalmlp", STREAMS | {"gate1": ["user"], "heads": 2}),
     ("finalmlp", STREAMS | {"gate1": ["user"], "gate2": ["user"], "gate_tables": ["b"], "gate_hidden": []}),
     ("finalmlp", STREAMS | {"gates": False, "batch_norm1": True, "dropout2": 0.1, "init": "xavier_normal"}),
+    ("pnn", DEEP),
+    ("pnn", DEEP | {"product": "outer"}),
+    ("pnn", DEEP | {"product": "both"}),
+    ("fnn", DEEP),
+    ("fnn", DEEP | {"linear": "projection"}),
+    ("autoint", {"dropout": 0.1, "init": "xavier_normal"}),
+    ("autoint", {"hidden": [5], "linear": "table", "scale": True, "layer_norm": True, "heads": 3, "head_dim": 1}),
+    ("dlrm", DEEP),
+    ("dlrm", DEEP | {"bottom": [4], "batch_norm": True}),
+    ("dcnv2", DEEP | {"rank": 2, "experts": 3}),
+    ("deepfm", DEEP | {"deep_tables": ["b"], "linear": "projection"}),
+    ("deepfm", DEEP | {"deep_tables": ["a"], "combine": "two_towers", "activation": "silu"}),
+    ("deepfm", DEEP | {"combine": "two_towers", "linear": "none", "activation": "silu", "combine_hidden": [5, 2]}),
 ]
 NORMS = ("batch_norm", "batch_norm1", "batch_norm2")
 variants = pytest.mark.parametrize(("kind", "options"), VARIANTS)
 
 
 def make(kind: str, options: dict, num_dense: int = 2) -> models.CTRModel:
-    return models.build(kind, num_dense=num_dense, num_fields=4, dim=3, fields=FIELDS, **options)
+    return models.build(kind, num_dense=num_dense, num_fields=4, dim=3, fields=FIELDS, linear_fields=FIELDS, **options)
 
 
 def inputs(rows: int, num_dense: int = 2, num_linear: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +237,21 @@ def test_models_learn_a_cross_of_two_fields():
         ("dcnv2", DEEP | {"structure": "stack"}, "model option structure: 'stack'; did you mean 'stacked'"),
         ("dcn", {"hidden": []}, r"hidden=\[\] leaves nothing beside the cross layers; .*structure='stacked'"),
         ("dcnv2", {"hidden": []}, r"hidden=\[\] leaves nothing beside the cross layers"),
+        ("dcnv2", DEEP | {"experts": 2}, "experts=2 needs the option rank, the width of each expert"),
+        ("dcnv2", DEEP | {"rank": 2, "experts": 0}, "experts=0 must be a whole number of at least 1"),
+        ("deepfm", DEEP | {"deep_tables": ["a", "b"]}, "deep_tables names all tables of embeddings; leave one for"),
+        ("deepfm", DEEP | {"deep_tables": ["a", "a"]}, r"deep_tables=\['a', 'a'\] must be a list of names, each once"),
+        ("deepfm", DEEP | {"deep_tables": [3]}, r"model option deep_tables\[0\]: 3; There are: a, b$"),
+        ("deepfm", DEEP | {"combine": "add"}, "model option combine: 'add'; There are: sum, two_towers$"),
+        ("deepfm", DEEP | {"combine_hidden": [4]}, "combine_hidden is of combine = 'two_towers'; leave it out"),
+        ("deepfm", DEEP | {"combine": "two_towers", "combine_hidden": 4}, "combine_hidden=4 must be a list of layer"),
+        ("pnn", DEEP | {"product": "iner"}, "model option product: 'iner'; did you mean 'inner'"),
+        ("autoint", {"heads": 0}, "heads=0 must be a whole number of at least 1"),
+        ("autoint", {"residual": 1}, "residual=1 must be true or false"),
+        ("autoint", {"hidden": 5}, "hidden=5 must be a list of layer widths"),
+        ("autoint", {"linear": "tabel"}, "model option linear: 'tabel'; did you mean 'table'"),
+        ("dlrm", DEEP | {"bottom": [0]}, r"bottom\[0\]=0 must be a whole number of at least 1"),
+        ("dlrm", DEEP | {"bottom": 4}, "bottom=4 must be a list of layer widths"),
         ("xdeepfm", DEEP, "model kind 'xdeepfm' needs the option cin"),
         ("xdeepfm", DEEP | {"cin": []}, r"cin=\[\] leaves no layer; give feature maps per layer, such as"),
         ("xdeepfm", DEEP | {"cin": [4, 0]}, r"cin\[1\]=0 must be a whole number of at least 1"),
@@ -252,6 +280,11 @@ def test_a_wrong_kind_or_option_is_named_with_what_is_right(kind, options, messa
 def test_a_deep_model_without_inputs_is_an_error():
     with pytest.raises(ValueError, match="the model has no inputs: there are neither dense features nor embedded"):
         models.build("dnn", num_dense=0, num_fields=0, dim=3, hidden=[3])
+
+
+def test_one_field_alone_has_no_pair_for_dlrm():
+    with pytest.raises(ValueError, match="'dlrm' multiplies pairs, and there is one field alone and no dense feature"):
+        models.build("dlrm", num_dense=0, num_fields=1, dim=3, hidden=[3])
 
 
 def test_sizes_are_not_options():
