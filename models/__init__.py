@@ -7,15 +7,21 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models.autoint import AutoInt
 from models.blocks import MLPOptions
 from models.dcn import DCN, DCNv2
 from models.deepfm import DeepFM
+from models.dlrm import DLRM
 from models.dnn import DNN
+from models.finalmlp import FinalMLP
 from models.fm import FM
+from models.fnn import FNN
 from models.linear import LR
 from models.model import CTRModel, Field, LinearSource
 from models.options import one_of, unknown
+from models.pnn import PNN
 from models.wide_deep import WideDeep
+from models.xdeepfm import XDeepFM
 
 __all__ = ["MODELS", "CTRModel", "Field", "LinearSource", "build", "check_options", "linear_source", "options_of"]
 
@@ -27,9 +33,15 @@ MODELS: dict[str, type[CTRModel]] = {
     "dcn": DCN,
     "dcnv2": DCNv2,
     "wide_deep": WideDeep,
+    "xdeepfm": XDeepFM,
+    "finalmlp": FinalMLP,
+    "pnn": PNN,
+    "fnn": FNN,
+    "autoint": AutoInt,
+    "dlrm": DLRM,
 }
 
-SIZES = ("num_dense", "num_fields", "dim", "fields", "sequences", "tasks")
+SIZES = ("num_dense", "num_fields", "dim", "fields", "linear_fields", "sequences", "tasks")
 """Constructor arguments that the data and tables decide, not the run description's model section."""
 
 
@@ -40,14 +52,15 @@ def build(
     num_fields: int,
     dim: int,
     fields: Sequence[Field] = (),
+    linear_fields: Sequence[Field] = (),
     sequences: Sequence[Field] = (),
     tasks: Sequence[str] = ("click",),
     **options: Any,
 ) -> CTRModel:
     """Make the model ``kind`` for N dense features and F fields embedded in D columns.
 
-    ``fields``: what the F fields are; ``sequences``: what is given row by row, unpooled; ``tasks``: the labels. Only
-    models whose constructors have these arguments get them.
+    ``fields``: what the F fields are; ``linear_fields``: those of 1-wide tables; ``sequences``: what is given row by
+    row, unpooled; ``tasks``: the labels. Only models whose constructors have these arguments get them.
 
     Raises:
         ValueError: an unknown kind, an unknown, missing or wrong option; one line that names the nearest right one.
@@ -59,7 +72,12 @@ def build(
     if sequences and "sequences" not in accepted:
         names = ", ".join(repr(field.feature) for field in sequences)
         raise ValueError(f"model kind {kind!r} reads no sequences, and there are: {names}")
-    known = {"fields": tuple(fields), "sequences": tuple(sequences), "tasks": tuple(tasks)}
+    known = {
+        "fields": tuple(fields),
+        "linear_fields": tuple(linear_fields),
+        "sequences": tuple(sequences),
+        "tasks": tuple(tasks),
+    }
     given = {name: value for name, value in known.items() if name in accepted}
     return MODELS[kind](num_dense=num_dense, num_fields=num_fields, dim=dim, **given, **options)
 

@@ -155,11 +155,12 @@ class MLP(nn.Module):
 
 @torch.no_grad()
 def initialize(module: nn.Module, init: Callable[[Tensor], Tensor]) -> None:
-    """Draw the weight of every linear layer in ``module`` with ``init`` and set its bias to zero."""
+    """Draw the weight of every linear layer in ``module`` with ``init`` and set its bias, if any, to zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             init(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def deep_input(dense_BN: Tensor, embeddings_BFD: Tensor, num_dense: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Deep & Cross networks, first and second version: explicit feature crosses of bounded degree, and a deep part.
 
-Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim, I = F * D + N inputs, R rank.
+Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim, I = F * D + N inputs, R rank, E experts,
+S = E * R.
 """
 
 from collections.abc import Iterable
@@ -69,6 +70,32 @@ class LowRankCross(nn.Module):
         return x0_BI * F.linear(x_BI @ self.v, self.u, self.bias) + x_BI
 
 
+class MixtureCross(nn.Module):
+    """``x_{l+1} = x_0 * (sum_e G_e(x_l) U_e tanh(C_e tanh(V_e^T x_l)) + b) + x_l`` with ``G(x) = softmax(gate x)``.
+
+    Wang et al. 2021, "DCN V2", equations 3 to 5: a mixture of E experts, each ``LowRankCross`` with a square matrix and
+    two nonlinearities in its R columns. The sum of all G_e is 1, so that all experts' b are one. ``u``, ``v``
+    ``[E, I, R]``, ``c`` ``[E, R, R]``, ``bias`` ``[I]``, ``gate`` ``[E, I]``.
+    """
+
+    def __init__(self, width: int, rank: int, experts: int) -> None:
+        super().__init__()
+        self.u = uniform(experts, width, rank, fan_in=rank)
+        self.c = uniform(experts, rank, rank, fan_in=rank)
+        self.v = uniform(experts, width, rank, fan_in=width)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.gate = uniform(experts, width, fan_in=width)
+
+    def forward(self, x0_BI: Tensor, x_BI: Tensor) -> Tensor:
+        """Return ``x_{l+1}``, shape [B, I]."""
+        experts, _, rank = self.v.shape
+        narrow_BER = torch.tanh(x_BI @ self.v.transpose(0, 1).flatten(1)).unflatten(1, (experts, rank))
+        narrow_EBR = torch.tanh(torch.bmm(narrow_BER.transpose(0, 1), self.c.transpose(1, 2)))
+        shares_EB1 = torch.softmax(F.linear(x_BI, self.gate), dim=1).t().unsqueeze(2)
+        weighted_BS = (narrow_EBR * shares_EB1).transpose(0, 1).flatten(1)
+        return x0_BI * F.linear(weighted_BS, self.u.transpose(0, 1).flatten(1), self.bias) + x_BI
+
+
 class CrossNetwork(nn.Module):
     """Cross layers one after another, each multiplying by the input ``x_0`` once more."""
 
@@ -132,6 +159,7 @@ class DCNv2(Crossed):
 
     cross_layers: how many cross layers.
     rank: R of ``LowRankCross``, less than ``F * D + N``; without it the layers are ``MatrixCross``.
+    experts: E of ``MixtureCross``, with ``rank``; without it there is no mixture.
     structure: ``"parallel"``: ``<w, [cross(x_0), MLP(x_0)]> + b``; ``"stacked"``: ``<w, MLP(cross(x_0))> + b``,
         where ``hidden=[]`` leaves the cross network alone.
     """
@@ -144,30 +172,36 @@ class DCNv2(Crossed):
         dim: int,
         cross_layers: int = 3,
         rank: int | None = None,
+        experts: int | None = None,
         structure: Structure = "parallel",
         **mlp: Unpack[MLPOptions],
     ) -> None:
         options.whole("cross_layers", cross_layers, least=1, most=1000)
         options.one_of("structure", structure, get_args(Structure))
         width = num_fields * dim + num_dense
-        layers = (matrix_cross(width, rank) for _ in range(cross_layers))
+        layers = (matrix_cross(width, rank, experts) for _ in range(cross_layers))
         super().__init__(width, num_dense, layers, mlp, parallel=structure == "parallel")
 
 
-def matrix_cross(width: int, rank: int | None) -> nn.Module:
-    """A cross layer of DCN v2: full-rank without ``rank``.
+def matrix_cross(width: int, rank: int | None, experts: int | None) -> nn.Module:
+    """A cross layer of DCN v2: full-rank without ``rank``, one expert without ``experts``.
 
     Raises:
-        ValueError: ``rank`` is not a whole number from 1 to ``width - 1``.
+        ValueError: ``rank`` is not a whole number from 1 to ``width - 1``, or ``experts`` not one from 1.
     """
     if rank is None:
+        if experts is not None:
+            raise ValueError(f"model option experts={experts!r} needs the option rank, the width of each expert")
         return MatrixCross(width)
     options.whole("rank", rank, least=1)
     if rank >= width:
         raise ValueError(
             f"model option rank={rank} must be less than the model's {width} inputs; leave it out for full rank"
         )
-    return LowRankCross(width, rank)
+    if experts is None:
+        return LowRankCross(width, rank)
+    options.whole("experts", experts, least=1, most=1000)
+    return MixtureCross(width, rank, experts)
 
 
 def refuse_no_hidden(mlp: MLPOptions) -> None:

@@ -3,7 +3,8 @@
 Shapes: B rows, N dense features, F fields (F1 in 1-wide tables), D dim.
 """
 
-from typing import Any, ClassVar, Unpack
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from models.blocks import MLP, MLPOptions
 from models.fields import add_dense, column_beside, gather_weight, product, split_weight, spread_weight, with_gaps
 from models.fm import pairs_of_rows, pairwise
 from models.linear import FirstOrder
-from models.model import CTRModel, LinearSource
+from models.model import CTRModel, Field, LinearSource
+from models.places import places_of_tables, take
+
+Combine = Literal["sum", "two_towers"]
 
 
 class DeepFM(CTRModel):
@@ -22,6 +26,10 @@ class DeepFM(CTRModel):
 
     linear: where the first-order weights of the fields come from, see ``FirstOrder``; ``"none"`` leaves the whole
     first-order term out, its bias and dense weights too (the deep part has both), so there is no ``linear.*``.
+    deep_tables: tables that only the deep part reads, beside those of the same features that the first-order term and
+    the pairs read; without, all read the same embeddings.
+    combine: ``"sum"``, as above, or ``"two_towers"``: ``combined([first_order + pairs, MLP(...)])``, a perceptron of
+    the two logits with ``combine_hidden`` units, by default 8, and the deep part's activation: it learns their weights.
     """
 
     LINEAR_SOURCES: ClassVar[tuple[LinearSource, ...]] = ("table", "projection", "none")
@@ -32,33 +40,64 @@ class DeepFM(CTRModel):
         num_dense: int,
         num_fields: int,
         dim: int,
+        fields: tuple[Field, ...] = (),
         linear: LinearSource = "table",
+        deep_tables: Sequence[str] = (),
+        combine: Combine = "sum",
+        combine_hidden: Sequence[int] | None = None,
         **mlp: Unpack[MLPOptions],
     ) -> None:
         super().__init__()
         options.one_of("linear", linear, self.LINEAR_SOURCES)
+        options.one_of("combine", combine, get_args(Combine))
+        if combine == "sum" and combine_hidden is not None:
+            raise ValueError("model option combine_hidden is of combine = 'two_towers'; leave it out, or set that")
         self.num_dense = num_dense
+        deep = places_of_tables("deep_tables", deep_tables, fields)
+        of_pairs = [place for place in range(num_fields) if place not in deep]
+        if deep and not of_pairs:
+            raise ValueError("model option deep_tables names all tables of embeddings; leave one for the pairs")
+        self.deep_places = deep or None
+        self.pair_places = of_pairs if deep else None
         self.linear: FirstOrder | None = None
         if linear != "none":
-            self.linear = FirstOrder(num_dense=num_dense, num_fields=num_fields, dim=dim, source=linear)
-        self.mlp = MLP(num_fields * dim + num_dense, logit=True, **mlp)
+            self.linear = FirstOrder(num_dense=num_dense, num_fields=len(of_pairs), dim=dim, source=linear)
+        self.mlp = MLP((len(deep) or num_fields) * dim + num_dense, logit=True, **mlp)
+        self.combined: MLP | None = None
+        if combine == "two_towers":
+            units = [8] if combine_hidden is None else combine_hidden
+            options.widths("combine_hidden", units)
+            shared: MLPOptions = {**mlp, "hidden": units, "dropout": 0.0, "batch_norm": False}
+            self.combined = MLP(2, logit=True, **shared)
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
-        first = self.mlp.first_of_rows(embeddings_BFD)
+        first_B, pairs_B, deep_B = self.parts(dense_BN, embeddings_BFD, linear_BF)
+        if self.combined is not None:
+            fm_B = pairs_B if first_B is None else first_B + pairs_B
+            combined_B: Tensor = self.combined(torch.stack([fm_B, deep_B], dim=1))
+            return combined_B
+        logits_B = pairs_B + deep_B
+        return logits_B if first_B is None else first_B + logits_B
+
+    def parts(
+        self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """First-order term, if any, pairs, and deep part, shape [B] each."""
+        first = self.mlp.first_of_rows(embeddings_BFD) if self.deep_places is None else None
         weights_B: Tensor | None = None
         if first is None:
-            deep_B = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
+            deep_B = self.mlp.of_fields(dense_BN, take(embeddings_BFD, self.deep_places), self.num_dense)
+            embeddings_BFD = take(embeddings_BFD, self.pair_places)
             pairs_B = pairwise(embeddings_BFD)
         else:
             hidden_BH, pairs_B, weights_B = read_rows(first, dense_BN, embeddings_BFD, linear_BF)
             deep_B = self.mlp.rest(hidden_BH)
-        logits_B = pairs_B + deep_B
         if self.linear is None:
-            return logits_B
+            return None, pairs_B, deep_B
         if weights_B is None:
             weights_B = self.linear.of_fields(embeddings_BFD, linear_BF)
-        return self.linear.total(weights_B, dense_BN) + logits_B
+        return self.linear.total(weights_B, dense_BN), pairs_B, deep_B
 
 
 def read_rows(

@@ -23,7 +23,8 @@ class CTRModel(nn.Module):
     """A model of click-through rate, without its tables.
 
     The constructor takes keywords only: ``num_dense`` (N), ``num_fields`` (F), ``dim`` (D) and the model's options; and
-    where it has them ``fields``, the F ``Field``, ``sequences``, those that are not pooled, and ``tasks``, the labels.
+    where it has them ``fields``, the F ``Field``, ``linear_fields``, the F1, ``sequences``, those that are not
+    pooled, and ``tasks``, the labels.
     All parameters take part in every backward, also with no rows, so that data-parallel training never waits.
     """
 

@@ -47,3 +47,12 @@ def widths(option: str, value: object) -> None:
         raise ValueError(f"model option {option}={value!r} must be a list of layer widths, such as [64, 32]")
     for place, width in enumerate(value):
         whole(f"{option}[{place}]", width, least=1)
+
+
+def names(option: str, value: object, known: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is a list or tuple of different names that are all ``known``."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len({str(name) for name in value}) != len(value):
+        raise ValueError(f"model option {option}={value!r} must be a list of names, each once")
+    right = list(known)
+    for place, name in enumerate(value):
+        one_of(f"{option}[{place}]", name, right)

@@ -10,6 +10,8 @@ import models
 from models.norm import BatchNorm
 
 DEEP = {"hidden": [5, 3]}
+STREAMS = {"hidden1": [5, 4], "hidden2": [4]}
+FIELDS = (models.Field("a", "item"), models.Field("a", "user"), models.Field("a", "hour"), models.Field("b", "user"))
 VARIANTS = [
     ("lr", {}),
     ("fm", {}),
@@ -25,12 +27,31 @@ VARIANTS = [
     ("dcnv2", DEEP | {"structure": "stacked"}),
     ("dcnv2", DEEP | {"rank": 2}),
     ("wide_deep", DEEP),
+    ("xdeepfm", DEEP | {"cin": [4, 3]}),
+    ("xdeepfm", DEEP | {"cin": [4, 2, 3], "split_half": True, "linear": "none", "init": "xavier_normal"}),
+    ("finalmlp", STREAMS | {"gate1": ["user"], "heads": 2}),
+    ("finalmlp", STREAMS | {"gate1": ["user"], "gate2": ["user"], "gate_tables": ["b"], "gate_hidden": []}),
+    ("finalmlp", STREAMS | {"gates": False, "batch_norm1": True, "dropout2": 0.1, "init": "xavier_normal"}),
+    ("pnn", DEEP),
+    ("pnn", DEEP | {"product": "outer"}),
+    ("pnn", DEEP | {"product": "both"}),
+    ("fnn", DEEP),
+    ("fnn", DEEP | {"linear": "projection"}),
+    ("autoint", {"dropout": 0.1, "init": "xavier_normal"}),
+    ("autoint", {"hidden": [5], "linear": "table", "scale": True, "layer_norm": True, "heads": 3, "head_dim": 1}),
+    ("dlrm", DEEP),
+    ("dlrm", DEEP | {"bottom": [4], "batch_norm": True}),
+    ("dcnv2", DEEP | {"rank": 2, "experts": 3}),
+    ("deepfm", DEEP | {"deep_tables": ["b"], "linear": "projection"}),
+    ("deepfm", DEEP | {"deep_tables": ["a"], "combine": "two_towers", "activation": "silu"}),
+    ("deepfm", DEEP | {"combine": "two_towers", "linear": "none", "activation": "silu", "combine_hidden": [5, 2]}),
 ]
+NORMS = ("batch_norm", "batch_norm1", "batch_norm2")
 variants = pytest.mark.parametrize(("kind", "options"), VARIANTS)
 
 
 def make(kind: str, options: dict, num_dense: int = 2) -> models.CTRModel:
-    return models.build(kind, num_dense=num_dense, num_fields=4, dim=3, **options)
+    return models.build(kind, num_dense=num_dense, num_fields=4, dim=3, fields=FIELDS, linear_fields=FIELDS, **options)
 
 
 def inputs(rows: int, num_dense: int = 2, num_linear: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +116,7 @@ def test_what_is_off_adds_no_module_and_what_is_on_keeps_its_order():
 def test_every_normalization_is_one_that_can_be_synchronized(kind, options):
     norms = [module for module in make(kind, options).modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     assert all(isinstance(norm, BatchNorm) for norm in norms)
-    assert bool(norms) == (options.get("activation") == "dice" or options.get("batch_norm", False))
+    assert bool(norms) == (options.get("activation") == "dice" or any(options.get(name) for name in NORMS))
 
 
 @variants
@@ -150,7 +171,7 @@ def test_logits_are_float32_under_autocast(kind, options):
 @variants
 def test_a_model_compiles_whole_for_any_number_of_rows(kind, options):
     torch.manual_seed(0)
-    model = make(kind, options | ({"dropout": 0.0} if "dropout" in options else {}))
+    model = make(kind, options | {name: 0.0 for name in options if name.startswith("dropout")})
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True, dynamic=True)
     for rows in (7, 4):
         batch = inputs(rows)
@@ -188,7 +209,7 @@ def test_models_learn_a_cross_of_two_fields():
     ("kind", "options", "message"),
     [
         ("deepmf", {}, "unknown model kind 'deepmf'; did you mean 'deepfm'"),
-        ("zzz", {}, "unknown model kind 'zzz'; There are: lr, fm, dnn, deepfm, dcn, dcnv2, wide_deep"),
+        ("zzz", {}, f"unknown model kind 'zzz'; There are: {', '.join(models.MODELS)}$"),
         ("dnn", {"hiden": [3]}, "unknown option for model kind 'dnn': 'hiden'; did you mean 'hidden'"),
         ("dcn", DEEP | {"rank": 2}, "unknown option for model kind 'dcn': 'rank'; .*There are: cross_layers"),
         ("lr", {"hidden": [3]}, "unknown option for model kind 'lr': 'hidden'; There are: linear$"),
@@ -216,6 +237,38 @@ def test_models_learn_a_cross_of_two_fields():
         ("dcnv2", DEEP | {"structure": "stack"}, "model option structure: 'stack'; did you mean 'stacked'"),
         ("dcn", {"hidden": []}, r"hidden=\[\] leaves nothing beside the cross layers; .*structure='stacked'"),
         ("dcnv2", {"hidden": []}, r"hidden=\[\] leaves nothing beside the cross layers"),
+        ("dcnv2", DEEP | {"experts": 2}, "experts=2 needs the option rank, the width of each expert"),
+        ("dcnv2", DEEP | {"rank": 2, "experts": 0}, "experts=0 must be a whole number of at least 1"),
+        ("deepfm", DEEP | {"deep_tables": ["a", "b"]}, "deep_tables names all tables of embeddings; leave one for"),
+        ("deepfm", DEEP | {"deep_tables": ["a", "a"]}, r"deep_tables=\['a', 'a'\] must be a list of names, each once"),
+        ("deepfm", DEEP | {"deep_tables": [3]}, r"model option deep_tables\[0\]: 3; There are: a, b$"),
+        ("deepfm", DEEP | {"combine": "add"}, "model option combine: 'add'; There are: sum, two_towers$"),
+        ("deepfm", DEEP | {"combine_hidden": [4]}, "combine_hidden is of combine = 'two_towers'; leave it out"),
+        ("deepfm", DEEP | {"combine": "two_towers", "combine_hidden": 4}, "combine_hidden=4 must be a list of layer"),
+        ("pnn", DEEP | {"product": "iner"}, "model option product: 'iner'; did you mean 'inner'"),
+        ("autoint", {"heads": 0}, "heads=0 must be a whole number of at least 1"),
+        ("autoint", {"residual": 1}, "residual=1 must be true or false"),
+        ("autoint", {"hidden": 5}, "hidden=5 must be a list of layer widths"),
+        ("autoint", {"linear": "tabel"}, "model option linear: 'tabel'; did you mean 'table'"),
+        ("dlrm", DEEP | {"bottom": [0]}, r"bottom\[0\]=0 must be a whole number of at least 1"),
+        ("dlrm", DEEP | {"bottom": 4}, "bottom=4 must be a list of layer widths"),
+        ("xdeepfm", DEEP, "model kind 'xdeepfm' needs the option cin"),
+        ("xdeepfm", DEEP | {"cin": []}, r"cin=\[\] leaves no layer; give feature maps per layer, such as"),
+        ("xdeepfm", DEEP | {"cin": [4, 0]}, r"cin\[1\]=0 must be a whole number of at least 1"),
+        ("xdeepfm", DEEP | {"cin": [5, 3], "split_half": True}, "with split_half all but the last must be even, not 5"),
+        ("finalmlp", STREAMS | {"heads": 3}, "heads=3 must divide the last width of hidden1, which is 4"),
+        ("finalmlp", STREAMS | {"hidden2": []}, r"hidden2=\[\] leaves no stream; give widths such as"),
+        ("finalmlp", STREAMS | {"dropout2": 1}, "dropout2=1 must be a number from 0 up to"),
+        ("finalmlp", STREAMS | {"activation1": "rellu"}, "model option activation1: 'rellu'; did you mean 'relu'"),
+        ("finalmlp", STREAMS | {"gate1": ["usr"]}, r"model option gate1\[0\]: 'usr'; did you mean 'user'"),
+        ("finalmlp", STREAMS | {"gate1": "user"}, "gate1='user' must be a list of names, each once"),
+        ("finalmlp", STREAMS | {"gate_tables": ["c"]}, r"model option gate_tables\[0\]: 'c'; There are: a, b$"),
+        (
+            "finalmlp",
+            STREAMS | {"gate_tables": ["b"]},
+            "no gate looks at feature 'user' of table 'b'; name it in gate1",
+        ),
+        ("finalmlp", STREAMS | {"gates": False, "gate1": ["user"]}, "gate1, gate2, gate_tables are of gates; leave"),
     ],
 )
 def test_a_wrong_kind_or_option_is_named_with_what_is_right(kind, options, message):
@@ -227,6 +280,11 @@ def test_a_wrong_kind_or_option_is_named_with_what_is_right(kind, options, messa
 def test_a_deep_model_without_inputs_is_an_error():
     with pytest.raises(ValueError, match="the model has no inputs: there are neither dense features nor embedded"):
         models.build("dnn", num_dense=0, num_fields=0, dim=3, hidden=[3])
+
+
+def test_one_field_alone_has_no_pair_for_dlrm():
+    with pytest.raises(ValueError, match="'dlrm' multiplies pairs, and there is one field alone and no dense feature"):
+        models.build("dlrm", num_dense=0, num_fields=1, dim=3, hidden=[3])
 
 
 def test_sizes_are_not_options():

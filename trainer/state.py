@@ -298,6 +298,9 @@ def build_model(config: RunConfig, num_dense: int) -> nn.Module:
             num_fields=sum(len(table.features) for table in embeddings),
             dim=embeddings[0].dim if embeddings else 0,
             fields=[models.Field(table.name, feature) for table in embeddings for feature in table.features],
+            linear_fields=[
+                models.Field(t.name, name) for t in config.tables if t.role == "linear" for name in t.features
+            ],
             tasks=config.data.labels,
             **options,
         )
