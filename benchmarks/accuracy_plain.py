@@ -1,6 +1,6 @@
 """What plain PyTorch makes of a Frappe run description: the same model and recipe without any of the trainer.
 
-One table for each role as ``nn.Embedding``, torch.optim.Adam, L2 over whole tables as a term of the loss, batches by
+Tables as ``nn.Embedding``, torch.optim.Adam, L2 over whole tables as a term of the loss, batches by
 ``torch.randperm``, AUC and log loss by scikit-learn. Reads of the trainer its run descriptions and nothing more.
 """
 
@@ -20,41 +20,58 @@ import models
 
 
 class Plain(nn.Module):
-    """Tables and interaction model."""
+    """Tables and interaction model; C columns of ids."""
 
     def __init__(self, run: dict[str, Any]) -> None:
         super().__init__()
         options = dict(run["model"])
-        self.tables = nn.ModuleDict()
+        self.tables, self.columns = nn.ModuleDict(), columns_of(run)
+        self.features: dict[str, dict[str, list[str]]] = {"embedding": {}, "linear": {}}  # by role, then by table
         for table in run["tables"]:
             embedding = nn.Embedding(table["rows"], table["dim"])
             nn.init.normal_(embedding.weight, std=table["init"]["scale"])
-            self.tables[table.get("role", "embedding")] = embedding
-        embedded = [table for table in run["tables"] if table.get("role", "embedding") == "embedding"]
+            self.tables[table["name"]] = embedding
+            self.features[table.get("role", "embedding")][table["name"]] = table["features"]
+        fields, linear = (
+            [models.Field(name, feature) for name, features in of_role.items() for feature in features]
+            for of_role in self.features.values()
+        )
         self.model = models.build(
             options.pop("kind"),
             num_dense=0,
-            num_fields=sum(len(table["features"]) for table in embedded),
-            dim=embedded[0]["dim"] if embedded else 0,
-            fields=[models.Field(table["name"], feature) for table in embedded for feature in table["features"]],
+            num_fields=len(fields),
+            dim=max(table["dim"] for table in run["tables"]),
+            fields=fields,
+            linear_fields=linear,
             **options,
         )
 
-    def forward(self, ids_BF: Tensor) -> Tensor:
+    def forward(self, ids_BC: Tensor) -> Tensor:
         """Logits, [B]."""
-        dense_BN = torch.empty(len(ids_BF), 0)
-        none = torch.empty(len(ids_BF), 0, 0)
-        embeddings_BFD = self.tables["embedding"](ids_BF) if "embedding" in self.tables else none
-        linear_BF = self.tables["linear"](ids_BF).squeeze(2) if "linear" in self.tables else none.squeeze(2)
-        logits_B: Tensor = self.model(dense_BN, embeddings_BFD, linear_BF)
+        embeddings_BFD, linear_BFD = (self._look_up(role, ids_BC) for role in self.features)
+        logits_B: Tensor = self.model(torch.empty(len(ids_BC), 0), embeddings_BFD, linear_BFD.flatten(1))
         return logits_B
+
+    def _look_up(self, role: str, ids_BC: Tensor) -> Tensor:
+        """All tables of a role, [B, F, D]."""
+        places = {
+            name: [self.columns.index(feature) for feature in features]
+            for name, features in self.features[role].items()
+        }
+        found = [self.tables[name](ids_BC[:, columns]) for name, columns in places.items()]
+        return torch.cat(found, dim=1) if found else torch.empty(len(ids_BC), 0, 0)
+
+
+def columns_of(run: dict[str, Any]) -> list[str]:
+    """All features, each once."""
+    return list(dict.fromkeys(feature for table in run["tables"] for feature in table["features"]))
 
 
 def read(run: dict[str, Any], split: str) -> tuple[Tensor, Tensor]:
     """Ids [rows, F] and labels [rows]."""
     (pattern,) = run["data"][split]
     table = pq.read_table(sorted(Path().glob(pattern)))
-    ids = torch.stack([torch.from_numpy(table[name].to_numpy()).long() for name in run["tables"][0]["features"]], dim=1)
+    ids = torch.stack([torch.from_numpy(table[name].to_numpy()).long() for name in columns_of(run)], dim=1)
     return ids, torch.from_numpy(table[run["data"]["labels"][0]].to_numpy()).float()
 
 

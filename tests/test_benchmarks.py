@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks import (
     accuracy,
+    accuracy_plain,
     checkpoints,
     exact_ids,
     growth,
@@ -25,7 +26,10 @@ from benchmarks import (
     tables,
     workload,
 )
+from trainer.commands import check_model
+from trainer.config import to_plain
 from trainer.description import load
+from trainer.state import build_model
 from trainer.tables import lay_out
 
 NUMBERS = {"p10": 90.0, "p50": 100.0, "p90": 110.0}
@@ -327,3 +331,22 @@ def test_accuracies_are_averaged_over_seeds_and_compared_with_plain_pytorch() ->
         "0.20000",
         "0.10000",
     ]
+
+
+def test_every_model_of_the_public_table_has_a_run_description_that_the_trainer_reads() -> None:
+    for model in accuracy.PUBLISHED:
+        run = load(accuracy.description_of(model))
+        check_model(run)
+        assert run.model["kind"] == model
+
+
+def test_plain_pytorch_has_the_same_parameters_as_the_trainers_run() -> None:
+    for model in accuracy.PUBLISHED:
+        run = load(accuracy.description_of(model))
+        plain = accuracy_plain.Plain(to_plain(run))
+        assert {name for name, _ in plain.model.named_parameters()} == {
+            name for name, _ in build_model(run, 0).named_parameters()
+        }
+        assert {name: tuple(weight.shape) for name, weight in plain.tables.named_parameters()} == {
+            f"{table.name}.weight": (table.rows, table.dim) for table in run.tables
+        }
