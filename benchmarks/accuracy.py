@@ -2,8 +2,8 @@
 
 Each run is ``python -m trainer train launch/runs/frappe_MODEL.toml`` with another seed; beside it, on the same files,
 the same recipe without the trainer (``accuracy_plain.py``), and the figures published. Prepared data are looked for in
-``data/frappe``. A run that has ended is kept in ``--folder`` and not run again, so that a benchmark that was stopped
-goes on. Each run has one thread; ``--jobs`` at a time.
+``data/frappe``. A run that is in the record is not run again, so that a benchmark that was stopped goes on and seeds can
+be added; each has the commit that it was made at. Each run has one thread; ``--jobs`` at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -61,58 +61,34 @@ def by_plain_pytorch(model: str, seed: int, output: Path) -> dict[str, float]:
     return found
 
 
+WAYS = {"trainer": by_trainer, "plain": by_plain_pytorch}
+
+
 def description_of(model: str) -> Path:
     """The run description that is shipped for a model."""
     return ROOT / "launch" / "runs" / f"frappe_{model}.toml"
 
 
-def measure(
-    models: Sequence[str], seeds: int, plain_seeds: int, folder: Path, jobs: int, commit: str
-) -> list[dict[str, Any]]:
-    """All runs, finished ones from ``folder``, each with the commit it was made at; one entry a model."""
-    ways = {"trainer": (by_trainer, seeds), "plain": (by_plain_pytorch, plain_seeds)}
-    wanted = [
-        (model, way, seed)
-        for seed in range(1, max(seeds, plain_seeds) + 1)
-        for model in models
-        for way, (_, number) in ways.items()
-        if seed <= number
-    ]
+def measure(record: dict[str, Any], wanted: Sequence[tuple[str, str, int]], given: argparse.Namespace) -> None:
+    """Do the wanted runs, (model, way, seed) each, that the record lacks; it is written after each of them."""
+    done = {(run["model"], run["way"], run["seed"]) for run in record["runs"]}
+    left = [run for run in wanted if run not in done]
 
     def one(run: tuple[str, str, int]) -> dict[str, Any]:
         model, way, seed = run
-        output = folder / f"{model}-{way}-{seed}"
-        kept = output / "found.json"
-        if not kept.exists():
-            output.mkdir(parents=True, exist_ok=True)
-            found = {"seed": seed, "commit": commit, **ways[way][0](model, seed, output)}
-            partial = kept.with_suffix(".part")
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            partial.replace(kept)
-        result: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return result
+        output = given.folder / f"{model}-{way}-{seed}"
+        output.mkdir(parents=True, exist_ok=True)
+        found = WAYS[way](model, seed, output)
+        return {"model": model, "way": way, "seed": seed, "commit": record["commit"], **found}
 
-    with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(wanted, tqdm(pool.map(one, wanted), total=len(wanted), unit="run"), strict=True))
-    return [
-        {
-            "model": model,
-            **{way: _summary([found[run] for run in wanted if run[:2] == (model, way)]) for way in ways},
-            "published": dict(zip(("auc", "logloss_nats"), PUBLISHED[model], strict=True)),
-        }
-        for model in models
-    ]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for ended in tqdm(as_completed(pool.submit(one, run) for run in left), total=len(left), unit="run"):
+            record["runs"] = sorted([*record["runs"], ended.result()], key=_place)
+            write(given.output, record)
 
 
-def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    if not runs:
-        return None
-    names = ("auc", "logloss_nats", "validation_auc", "epochs")
-    spread = {
-        name: {"mean": float(np.mean([run[name] for run in runs])), "std": float(np.std([run[name] for run in runs]))}
-        for name in names
-    }
-    return {"seeds": len(runs), **spread, "runs": list(runs)}
+def _place(run: dict[str, Any]) -> tuple[int, str, int]:
+    return [*PUBLISHED].index(run["model"]), run["way"], run["seed"]
 
 
 def _run(command: Sequence[str], output: Path) -> None:
@@ -125,29 +101,38 @@ def _run(command: Sequence[str], output: Path) -> None:
 
 def table_of(record: dict[str, Any]) -> str:
     """A line a model: test AUC and log loss, mean and standard deviation over seeds, and what others reach."""
-    headers = ["model", "seeds", "test AUC", "std", "plain AUC", "seeds", "ours - plain", "published AUC"]
+    headers = ["model", "seeds", "test AUC", "std", "plain: seeds", "test AUC", "std", "ours - plain", "published"]
     headers += ["log loss", "plain", "published"]
-    rows = list(_rows(record["accuracy"]))
+    rows = [_line(model, record["runs"]) for model in PUBLISHED if _runs(record["runs"], model, "trainer")]
     align = ("left", *["right"] * (len(headers) - 1))
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def _rows(entries: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    for entry in entries:
-        ours, plain, published = entry["trainer"], entry["plain"], entry["published"]
-        yield [
-            entry["model"],
-            f"{ours['seeds']}",
-            f"{ours['auc']['mean']:.5f}",
-            f"{ours['auc']['std']:.5f}",
-            f"{plain['auc']['mean']:.5f}" if plain else "",
-            f"{plain['seeds']}" if plain else "",
-            f"{ours['auc']['mean'] - plain['auc']['mean']:+.5f}" if plain else "",
-            f"{published['auc']:.5f}",
-            f"{ours['logloss_nats']['mean']:.5f}",
-            f"{plain['logloss_nats']['mean']:.5f}" if plain else "",
-            f"{published['logloss_nats']:.5f}",
-        ]
+def _line(model: str, runs: Sequence[dict[str, Any]]) -> list[str]:
+    ours, plain = (_runs(runs, model, way) for way in WAYS)
+    ahead = np.mean([run["auc"] for run in ours]) - np.mean([run["auc"] for run in plain]) if plain else None
+    published_auc, published_loss = PUBLISHED[model]
+    return [
+        model,
+        *_spread(ours),
+        *_spread(plain),
+        "" if ahead is None else f"{ahead:+.5f}",
+        f"{published_auc:.5f}",
+        *(f"{np.mean([run['logloss_nats'] for run in found]):.5f}" if found else "" for found in (ours, plain)),
+        f"{published_loss:.5f}",
+    ]
+
+
+def _runs(runs: Sequence[dict[str, Any]], model: str, way: str) -> list[dict[str, Any]]:
+    return [run for run in runs if (run["model"], run["way"]) == (model, way)]
+
+
+def _spread(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """How many, mean AUC, and its standard deviation (of the sample) where there are two or more."""
+    aucs = [run["auc"] for run in runs]
+    if not aucs:
+        return ["", "", ""]
+    return [f"{len(aucs)}", f"{np.mean(aucs):.5f}", f"{np.std(aucs, ddof=1):.5f}" if len(aucs) > 1 else ""]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of the trainer for each model")
     parser.add_argument("--plain-seeds", type=int, default=5, help="runs of plain PyTorch for each model")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/accuracy"), help="of runs that have ended")
+    parser.add_argument("--folder", type=Path, default=Path("runs/accuracy"), help="of outputs and logs")
     parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
     parser.add_argument("--allow-dirty", action="store_true", help="write although the tree differs from its commit")
     parser.add_argument("--plain-run", nargs=3, metavar=("MODEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
@@ -171,10 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("data/frappe is missing; run python -m trainer prepare frappe ../shared/data/frappe data/frappe")
     command = ["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if argv is None else argv)]
     record = provenance(command, allow_dirty=given.allow_dirty)
-    record["accuracy"] = measure(
-        given.models, given.seeds, given.plain_seeds, given.folder, given.jobs, record["commit"]
-    )
-    write(given.output, record)
+    before = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {"runs": []}
+    record["runs"] = before["runs"]
+    seeds = {"trainer": given.seeds, "plain": given.plain_seeds}
+    numbers = range(1, max(seeds.values()) + 1)
+    wanted = [(model, way, seed) for seed in numbers for model in given.models for way in WAYS if seed <= seeds[way]]
+    measure(record, wanted, given)
     sys.stdout.write(table_of(record) + "\n")
 
 

@@ -312,25 +312,35 @@ def test_a_stall_is_told_as_a_share_of_the_segment_beside_it() -> None:
 
 
 def test_accuracies_are_averaged_over_seeds_and_compared_with_plain_pytorch() -> None:
-    def ended(auc: float) -> dict[str, Any]:
-        return {"auc": auc, "logloss_nats": 0.2, "validation_auc": 0.9, "epochs": 3}
+    aucs = [("trainer", 0.97), ("trainer", 0.99), ("plain", 0.985)]
+    runs = [{"model": "fm", "way": way, "auc": auc, "logloss_nats": 0.2} for way, auc in aucs]
+    ours, plain, losses = ["2", "0.98000", "0.01414"], ["1", "0.98500", ""], ["0.20000", "0.20000", "0.20650"]
+    assert accuracy._line("fm", runs) == ["fm", *ours, *plain, "-0.00500", "0.96711", *losses]
 
-    ways = {"trainer": accuracy._summary([ended(0.97), ended(0.99)]), "plain": accuracy._summary([ended(0.985)])}
-    published = {"auc": 0.98, "logloss_nats": 0.1}
-    (line,) = accuracy._rows([{"model": "fm", **ways, "published": published}])
-    assert line == [
-        "fm",
-        "2",
-        "0.98000",
-        "0.01000",
-        "0.98500",
-        "1",
-        "-0.00500",
-        "0.98000",
-        "0.20000",
-        "0.20000",
-        "0.10000",
-    ]
+
+def test_runs_that_are_in_the_record_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    ended = {"auc": 0.9, "logloss_nats": 0.2, "validation_auc": 0.9, "epochs": 3}
+    monkeypatch.setitem(accuracy.WAYS, "trainer", lambda model, seed, output: ran.append((model, seed)) or ended)
+    (tmp_path / "data" / "frappe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for seeds in (1, 3):
+        words = [
+            "--models",
+            "lr",
+            "fm",
+            "--seeds",
+            seeds,
+            "--plain-seeds",
+            0,
+            "--output",
+            "found.json",
+            "--allow-dirty",
+        ]
+        accuracy.main([str(word) for word in words])
+    assert sorted(ran) == [("fm", 1), ("fm", 2), ("fm", 3), ("lr", 1), ("lr", 2), ("lr", 3)]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["runs"]
+    assert [(run["model"], run["seed"]) for run in found] == [(m, s) for m in ("lr", "fm") for s in (1, 2, 3)]
 
 
 def test_every_model_of_the_public_table_has_a_run_description_that_the_trainer_reads() -> None:
