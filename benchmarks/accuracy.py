@@ -2,8 +2,8 @@
 
 Each run is ``python -m trainer train launch/runs/frappe_MODEL.toml`` with another seed; beside it, on the same files,
 the same recipe without the trainer (``accuracy_plain.py``), and the figures published. Prepared data are looked for in
-``data/frappe``. A run that is in the record is not run again, so that a benchmark that was stopped goes on and seeds can
-be added; each has the commit that it was made at. Each run has one thread; ``--jobs`` at a time.
+``data/frappe``. A run that is in the record is not run again, so that a benchmark that was stopped goes on and seeds
+can be added; each has the commit that it was made at. Each run has one thread; ``--jobs`` at a time.
 """
 
 from __future__ import annotations
