@@ -86,6 +86,10 @@ ORDER = (
     "predict",
     "doctor",
     "commands",
+    "grid",
+    "trials",
+    "comparison",
+    "sweep",
     "cli",
     "__main__",
 )
