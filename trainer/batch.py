@@ -74,7 +74,7 @@ class Batch(Pipelineable):
     """New ids of exact spaces; stays on the host."""
 
     labels: Tensor
-    """float32 [b], 0 or 1."""
+    """float32 [b], or [b, T] of T > 1 labels: 0 or 1, or NaN where it is missing."""
 
     num_rows: int
     """Real rows on this rank."""
@@ -87,6 +87,13 @@ class Batch(Pipelineable):
 
     raw: RawBatch
     """The rows as they were read; stays on the host."""
+
+    weights: Tensor | None = None
+    """float32 [b]; None: all rows weigh 1."""
+
+    label_weights: tuple[float, ...] = ()
+    """For each label the weight of the rows over all ranks that have it: what its loss is divided by. Empty where that
+    is ``global_rows``."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``.
@@ -101,6 +108,7 @@ class Batch(Pipelineable):
             sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in source.sparse.items()},
             bags={name: bags.to(device, non_blocking=non_blocking) for name, bags in source.bags.items()},
             labels=source.labels.to(device, non_blocking=non_blocking),
+            weights=None if source.weights is None else source.weights.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
@@ -111,6 +119,7 @@ class Batch(Pipelineable):
             sparse={name: ids.pin_memory() for name, ids in self.sparse.items()},
             bags={name: bags.pin_memory() for name, bags in self.bags.items()},
             labels=self.labels.pin_memory(),
+            weights=None if self.weights is None else self.weights.pin_memory(),
         )
 
     def record_stream(self, stream: Any) -> None:
@@ -119,3 +128,5 @@ class Batch(Pipelineable):
         for part in (*self.sparse.values(), *self.bags.values()):
             part.record_stream(stream)
         self.labels.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)

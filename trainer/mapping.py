@@ -102,21 +102,33 @@ class Needs:
     seconds: int
     """The latest ``data.timestamp`` of its rows."""
 
+    label_weights: tuple[float, ...] = ()
+    """For each label the weight of its rows that have it, added up in the order of the ranks; empty as in RawBatch."""
 
-def agree(exchange: Exchange, questions: Sequence[Question] | None, num_spaces: int, now: int) -> Needs | None:
+
+def agree(
+    exchange: Exchange,
+    questions: Sequence[Question] | None,
+    num_spaces: int,
+    now: int,
+    label_weights: Sequence[float] = (),
+) -> Needs | None:
     """What all ranks need together; None if one has no questions, because its batch is wrong. Collective.
 
-    ``now``: the latest ``data.timestamp`` of this rank's rows.
+    ``now``: the latest ``data.timestamp`` of this rank's rows. ``label_weights``: of its rows, as many on every rank.
     """
+    bits = np.array(label_weights, dtype=np.float64).view(np.int64)
     own = np.zeros((num_spaces, 4), dtype=np.int64)
     if questions is not None:
         own[:] = [question.numbers() for question in questions]
-    everyone = exchange.gather([questions is None, now, *own.flat])
+    everyone = exchange.gather([questions is None, now, *own.flat, *bits])
     if everyone[:, 0].any():
         return None
-    numbers = everyone[:, 2:].reshape(-1, *own.shape)
+    numbers = everyone[:, 2 : 2 + own.size].reshape(-1, *own.shape)
+    weights = np.ascontiguousarray(everyone[:, 2 + own.size :]).view(np.float64)
     stripes, ids_seen, num_distinct, _ = numbers.max(axis=0).T.tolist()
-    return Needs(stripes, ids_seen, num_distinct, numbers[:, :, 3].T.tolist(), int(everyone[:, 1].max()))
+    num_new, seconds = numbers[:, :, 3].T.tolist(), int(everyone[:, 1].max())
+    return Needs(stripes, ids_seen, num_distinct, num_new, seconds, tuple(map(sum, weights.T.tolist())))
 
 
 class Tables(Protocol):
@@ -167,7 +179,7 @@ class Mapper:
     def map(self, raw: RawBatch) -> Batch:
         """The batch of row indices, where the tables have room for it. Collective where a space is ``exact``."""
         questions = self.ask(raw)
-        needs = agree(self._exchange, questions, len(self.states), raw.now)
+        needs = agree(self._exchange, questions, len(self.states), raw.now, raw.label_weights)
         if needs is None:
             raise RuntimeError("another rank has no questions, and this one has")
         return self.answer(raw, questions, needs)
@@ -263,6 +275,8 @@ class Mapper:
             global_rows=raw.global_rows,
             cursor=raw.cursor,
             raw=raw,
+            weights=None if raw.weights is None else torch.from_numpy(raw.weights),
+            label_weights=needs.label_weights,
         )
 
     def _formula_rows(self, state: SpaceState, distinct: Distinct) -> Int64s:

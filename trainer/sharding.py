@@ -173,7 +173,8 @@ def shard(
     members = collections_of(physical)
     collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
     order, dense = [table.key for table in config.tables], config.precision.dense
-    task = CTRTask(collections, Head(model, physical, order, seed=config.seed, world_size=world.size, dense=dense))
+    head = Head(model, physical, order, seed=config.seed, world_size=world.size, dense=dense, loss=config.loss)
+    task = CTRTask(collections, head)
     plan = ShardingPlan({f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()})
     sharders = [sharder_for(config.sharding, world)]
     with Untouched():

@@ -21,6 +21,7 @@ from trainer.config import RunConfig
 from trainer.device import assign, on_computing_stream, set_multiplication
 from trainer.errors import ConfigError
 from trainer.lookup import kernels_in
+from trainer.losses import with_weighting
 from trainer.mapping import SpaceState
 from trainer.optim import DenseGroup, Optimizer, dense_group, fused_rates, set_fused_step, table_group
 from trainer.rows import Cursor, steps_before
@@ -292,7 +293,7 @@ def build_model(config: RunConfig, num_dense: int) -> nn.Module:
     options = {name: value for name, value in config.model.items() if name != "kind"}
     torch.manual_seed(config.seed)
     try:
-        return models.build(
+        model = models.build(
             config.model["kind"],
             num_dense=num_dense,
             num_fields=sum(len(table.features) for table in embeddings),
@@ -306,6 +307,7 @@ def build_model(config: RunConfig, num_dense: int) -> nn.Module:
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    return with_weighting(model, config.loss, len(config.data.labels))
 
 
 def fill_rows(state: TrainState, pieces: Sequence[Shard], first_slot: int = 0) -> None:
