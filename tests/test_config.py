@@ -88,7 +88,7 @@ TRANSFORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
 DATA_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": ()}, "train is empty, expected at least one file or pattern"),
     ({"labels": ()}, "labels is empty, expected at least one column of 0 and 1"),
-    ({"labels": ("click", "click")}, r"labels is \['click', 'click'\], expected each column once"),
+    ({"labels": ("click", "click")}, "labels is ['click', 'click'], expected each column once"),
     ({"streams": 0}, "streams is 0, expected 1 to 2**16"),
     ({"streams": 1 << 17}, f"streams is {1 << 17}, expected 1 to 2**16"),
     ({"global_batch_size": 1 << 25}, f"global_batch_size is {1 << 25}, expected at most {1 << 24}"),

@@ -85,6 +85,7 @@ ORDER = (
     "splits",
     "sample_data",
     "prepare",
+    "census",
     "predict",
     "doctor",
     "commands",
