@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -38,7 +38,7 @@ class Rows:
     global_rows: int
     weights: Tensor | None = None
     label_weights: tuple[float, ...] = ()
-    raw: Raw = Raw()  # noqa: RUF009
+    raw: Raw = field(default_factory=Raw)
 
 
 def config(labels: tuple[str, ...] = LABELS, missing: str = "mask", **more: Any) -> RunConfig:

@@ -20,7 +20,7 @@ from trainer.config import (
     to_plain,
 )
 from trainer.errors import ConfigError
-from trainer.recipe import InitConfig, SparseOptimizerConfig
+from trainer.recipe import InitConfig, LossConfig, SparseOptimizerConfig
 
 ROWWISE = SparseOptimizerConfig(kind="rowwise_adagrad")
 
@@ -137,6 +137,15 @@ RUN_MISTAKES = [
         "evaluation.metric is 'gauc', which needs data.user, the column of users",
     ),
     ({"evaluation": EvaluationConfig(patience=2)}, "evaluation.patience needs data.validation to be scored"),
+    (
+        {"loss": LossConfig(task_weights=(1.0, 2.0))},
+        "loss.task_weights has 2 entries, expected 1, one for each of data.labels",
+    ),
+    (
+        {"loss": LossConfig(task_weighting="uncertainty")},
+        "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
+    ),
+    ({"evaluation": EvaluationConfig(task="buy")}, "evaluation.task is 'buy', expected one of data.labels: click"),
 ]
 
 
