@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_right_for_logits_of_any_size(config: LossConfi
         assert losses.isfinite().all()
         assert logits.grad is not None
         assert logits.grad.isfinite().all()
-    assert losses[1] / 1e4 == pytest.approx(-logits.grad[1].item())
+    assert losses[1].item() / 1e4 == pytest.approx(-logits.grad[1].item())
     if not config.label_smoothing:
         assert not losses_of(logits, labels, config).any()
 
