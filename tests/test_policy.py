@@ -46,6 +46,7 @@ ORDER = (
     "prefetch",
     "batch",
     "pooling",
+    "sequences",
     "spaces",
     "exchange",
     "vocabulary",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +27,16 @@ class Fresh:
 
 @dataclass(frozen=True, slots=True)
 class Bags:
-    """Which of the batch's distinct rows of one id space each feature of each row sums: F bags a row, B rows."""
+    """Which of the batch's distinct rows of one id space each feature of each row sums: F bags a row, B rows.
+
+    After these comes a bag of one for each id of the S sequences, by row, then by feature, then in their order.
+    """
 
     places: Tensor
     """int32 [n]: places among the distinct rows, by row of the batch, then by feature."""
 
     bounds: Tensor
-    """int32 [B * F + 1]: where each bag begins in ``places``."""
+    """int32 [B * F + 1], and one for each id of a sequence: where each bag begins in ``places``."""
 
     readers: NDArray[np.int32]
     """int32 [n]: the bags that sum each distinct row, row by row, in their order; stays on the host."""
@@ -40,19 +44,28 @@ class Bags:
     reader_ends: NDArray[np.int32]
     """int32 [U]: where those of each distinct row end in ``readers``; stays on the host."""
 
+    lengths: Tensor | None = None
+    """int64 [B, S]: ids in each sequence of each row; None where the space has no sequences."""
+
+    longest: int = 0
+    """Ids in the longest sequence."""
+
     def to(self, device: torch.device, *, non_blocking: bool) -> Bags:
         """The same on ``device``."""
-        places, bounds = (part.to(device, non_blocking=non_blocking) for part in (self.places, self.bounds))
-        return replace(self, places=places, bounds=bounds)
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Bags:
         """The same in page-locked host memory."""
-        return replace(self, places=self.places.pin_memory(), bounds=self.bounds.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Bags:
+        lengths = None if self.lengths is None else move(self.lengths)
+        return replace(self, places=move(self.places), bounds=move(self.bounds), lengths=lengths)
 
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that ``stream`` still uses them."""
-        self.places.record_stream(stream)
-        self.bounds.record_stream(stream)
+        for part in (self.places, self.bounds, *([] if self.lengths is None else [self.lengths])):
+            part.record_stream(stream)
 
 
 @dataclass(frozen=True, slots=True)

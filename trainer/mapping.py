@@ -7,7 +7,7 @@ A batch is mapped in two halves. ``ask`` learns what it needs (distinct ids to t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -132,6 +132,10 @@ class Tables(Protocol):
     def step_after(self, cursor: Cursor) -> int:
         """Steps of the run that lie before a cursor."""
 
+    @property
+    def equally_long(self) -> Sequence[str]:
+        """Sequences that must have as many ids as each other in every row."""
+
 
 class Mapper:
     """Maps raw batches for training, or for scoring, which changes nothing: unknown ids read the cold row."""
@@ -154,15 +158,31 @@ class Mapper:
         self._exchange = exchange
         self._distinct = Deduplicator()
         number_of = {feature: number for number, feature in enumerate(features)}
-        self._numbers = [[number_of[feature] for feature in state.space.features] for state in self.states]
+        spaces = [state.space for state in self.states]
+        self._numbers = [[number_of[feature] for feature in (*space.pooled, *space.sequences)] for space in spaces]
+        self._equally_long = [number_of[feature] for feature in tables.equally_long]
 
     def ask(self, raw: RawBatch) -> list[Question]:
         """What the batch needs of each space. Collective where a space is ``exact``.
 
         Raises:
-            DataError: an id does not fit its table; the message has feature, table, id and row.
+            DataError: an id does not fit its table; the message has feature, table, id and row. Or sequences that
+                belong together do not have as many ids.
         """
+        self._check_lengths(raw)
         return [self._ask(state, numbers, raw) for state, numbers in zip(self.states, self._numbers, strict=True)]
+
+    def _check_lengths(self, raw: RawBatch) -> None:
+        lengths = raw.lengths[self._equally_long]
+        wrong = (lengths != lengths[:1]).any(axis=0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            names = [self._features[number] for number in self._equally_long]
+            found = ", ".join(f"{name!r} {length}" for name, length in zip(names, lengths[:, row], strict=True))
+            raise DataError(
+                f"{self._place(int(raw.row_numbers[row]))}: sequences that the model reads side by side have different "
+                f"numbers of ids: {found}; give them equally many (a null is no id)"
+            )
 
     def map(self, raw: RawBatch) -> Batch:
         """The batch of row indices, where the tables have room for it. Collective where a space is ``exact``."""
@@ -248,7 +268,7 @@ class Mapper:
                     state, question, question.request, now[state.space.rules.expire_unit], num_new
                 )
                 fresh += [new] if new is not None else []
-            bags[state.name] = _bags(raw.lengths[numbers], question.distinct)
+            bags[state.name] = _bags(raw.lengths[numbers], question.distinct, len(state.space.sequences))
         room = dict(zip(rows, needs.num_distinct, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),
@@ -301,15 +321,34 @@ class Mapper:
         return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
 
 
-def _bags(lengths: NDArray[np.int32], distinct: Distinct) -> Bags:
-    """``lengths``: ids of each feature and row, [F, B]; ``distinct`` has found them feature by feature."""
+def _bags(lengths: NDArray[np.int32], distinct: Distinct, num_sequences: int) -> Bags:
+    """``lengths``: ids of each feature and row, [F + S, B]; ``distinct`` has found them feature by feature."""
+    pooled, of_sequences = np.split(lengths, [len(lengths) - num_sequences])
+    of_pooled = int(pooled.sum(dtype=np.int64))
     places = np.empty(len(distinct.inverse), dtype=np.int32)
-    bounds = np.empty(lengths.size + 1, dtype=np.int32)
-    order_by_row(distinct.inverse, offsets_of(lengths.reshape(-1)), len(lengths), len(distinct.ids), places, bounds)
+    bounds = np.zeros(pooled.size + 1 + len(places) - of_pooled, dtype=np.int32)
+    _order(pooled, distinct, slice(of_pooled), places, bounds[: pooled.size + 1])
+    if num_sequences:
+        bounds[pooled.size :] = np.arange(of_pooled, len(places) + 1)
+        rest = slice(of_pooled, None)
+        _order(of_sequences, distinct, rest, places, np.empty(of_sequences.size + 1, dtype=np.int32))
     readers, ends = np.empty_like(places), np.zeros(len(distinct.ids), dtype=np.int32)
     np.cumsum(distinct.counts[:-1], out=ends[1:])
     find_readers(places, bounds, ends, readers)
-    return Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
+    bags = Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
+    if not num_sequences:
+        return bags
+    by_row = torch.from_numpy(of_sequences.T.astype(np.int64))
+    return replace(bags, lengths=by_row, longest=int(of_sequences.max(initial=0)))
+
+
+def _order(
+    lengths: NDArray[np.int32], distinct: Distinct, part: slice, places: NDArray[np.int32], bounds: NDArray[np.int32]
+) -> None:
+    """Write ``part`` of the places, which stands feature by feature, by row; ``bounds``: where bags begin in it."""
+    if len(lengths):
+        indices, offsets = distinct.inverse[part], offsets_of(lengths.reshape(-1))
+        order_by_row(indices, offsets, len(lengths), len(distinct.ids), places[part], bounds)
 
 
 def _jagged(rows: Mapping[str, Int64s], stride: int) -> KeyedJaggedTensor:
