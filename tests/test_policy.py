@@ -84,6 +84,7 @@ ORDER = (
     "splits",
     "sample_data",
     "prepare",
+    "behaviors",
     "predict",
     "doctor",
     "commands",

@@ -56,7 +56,7 @@ class Bags:
 
     def pin_memory(self) -> Bags:
         """The same in page-locked host memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda part: part.pin_memory())
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Bags:
         lengths = None if self.lengths is None else move(self.lengths)
