@@ -59,8 +59,8 @@ class Bags:
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Bags:
-        lengths = None if self.lengths is None else move(self.lengths)
-        return replace(self, places=move(self.places), bounds=move(self.bounds), lengths=lengths)
+        places, bounds = move(self.places), move(self.bounds)
+        return replace(self, places=places, bounds=bounds, lengths=None if self.lengths is None else move(self.lengths))
 
     def record_stream(self, stream: Any) -> None:
         """Tell CUDA's allocator that ``stream`` still uses them."""

@@ -174,7 +174,8 @@ def _draw(number: int, without: set[int], items: NDArray[np.int64], key: tuple[i
         state = mix64(state ^ np.uint64(word & (1 << 64) - 1))
     found: dict[int, None] = {}
     while len(found) < number:
-        chances = mix64(state + np.arange(2 * number, dtype=np.uint64)) % np.uint64(len(items))
+        numbers = np.arange(2 * number).astype(np.uint64)
+        chances = mix64(state + numbers) % np.uint64(len(items))
         drawn = items[chances.view(np.int64)].tolist()
         found |= {item: None for item in drawn if item not in without}
         state = mix64(state)

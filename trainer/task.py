@@ -145,7 +145,7 @@ class Head(nn.Module):
             self._seed_dropout(batch)
         rows = batch.num_rows
         columns: dict[str, Tensor] = {}
-        one_by_one: dict[str, tuple[Tensor, Bags]] = {}
+        sequences: dict[str, tuple[Tensor, Bags]] = {}
         for collection, sources in self._sources.items():
             for source in sources:
                 bags = batch.bags[source.space]
@@ -153,16 +153,15 @@ class Head(nn.Module):
                 if bags.lengths is not None:
                     num_bags = batch.dense.shape[0] * source.num_fields
                     sums_NP, rows_nP = sums_NP.split([num_bags, sums_NP.shape[0] - num_bags])
-                    one_by_one |= {part.table.key: (rows_nP[:, part.begin : part.end], bags) for part in source.parts}
+                    sequences |= {part.table.key: (rows_nP[:, part.begin : part.end], bags) for part in source.parts}
                 sums_BFP = sums_NP.unflatten(0, (batch.dense.shape[0], source.num_fields))
                 columns |= _read(sums_BFP, bags, source, rows)
         embeddings_BFD = self._role(columns, batch, "embedding")
         linear_BF = self._role(columns, batch, "linear").flatten(1)
+        one_by_one = [sequences[key] for key in self._order if key in sequences]
+        given = (padded(one_by_one, rows),) if one_by_one else ()
         with self._precision(batch.dense.device):
-            sequences = (
-                (padded([one_by_one[key] for key in self._order if key in one_by_one], rows),) if one_by_one else ()
-            )
-            out = self.model(batch.dense[:rows], embeddings_BFD, linear_BF, *sequences)
+            out = self.model(batch.dense[:rows], embeddings_BFD, linear_BF, *given)
         logits_B, more_B = out if isinstance(out, WithLoss) else (out, None)
         logits_B = logits_B.float()
         total = binary_cross_entropy_with_logits(logits_B, batch.labels[:rows], reduction="sum")
