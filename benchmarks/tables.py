@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, idmap, limits, peers, reading, scaling, stall, throughput
+from benchmarks import accuracy, idmap, limits, peers, reading, scaling, sequences, stall, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -81,6 +81,11 @@ def predicting_well(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{accuracy.table_of(record)}"
 
 
+def attending(record: dict[str, Any]) -> str:
+    """The record of sequences.py."""
+    return f"{_origin(record)}\n\n{sequences.table_of(record)}"
+
+
 def standing_still(record: dict[str, Any]) -> str:
     """The record of stall.py."""
     return f"{_origin(record)}\n\n{stall.table_of(record)}"
@@ -97,6 +102,7 @@ def rendered(results: Path) -> str:
         "peers": beside_peers,
         "reading": ready_batches,
         "scaling": larger,
+        "sequences": attending,
         "stall": standing_still,
         "throughput": as_started,
     }
