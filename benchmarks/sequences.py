@@ -61,7 +61,7 @@ def measure(seeds: int, folder: Path, jobs: int, commit: str) -> list[dict[str, 
     """All runs; one entry a model."""
     wanted = [(model, seed) for seed in range(1, seeds + 1) for model in MODELS]
     with ThreadPoolExecutor(jobs) as pool:
-        runs = pool.map(lambda run: train(*run, folder, commit), wanted)
+        runs = pool.map(lambda run: train(run[0], run[1], folder, commit), wanted)
         found = list(zip(wanted, tqdm(runs, total=len(wanted), unit="run"), strict=True))
     return [summary(model, [run for (name, _), run in found if name == model]) for model in MODELS]
 
