@@ -22,7 +22,6 @@ from benchmarks import (
     peer_models,
     peers,
     record,
-    sequences,
     stall,
     tables,
     workload,
@@ -361,37 +360,3 @@ def test_plain_pytorch_has_the_same_parameters_as_the_trainers_run() -> None:
         assert {name: tuple(weight.shape) for name, weight in plain.tables.named_parameters()} == {
             f"{table.name}.weight": (table.rows, table.dim) for table in run.tables
         }
-    ways = {"trainer": accuracy._summary([ended(0.97), ended(0.99)]), "plain": accuracy._summary([ended(0.985)])}
-    published = {"auc": 0.98, "logloss_nats": 0.1}
-    (line,) = accuracy._rows([{"model": "fm", **ways, "published": published}])
-    assert line == [
-        "fm",
-        "2",
-        "0.98000",
-        "0.01000",
-        "0.98500",
-        "1",
-        "-0.00500",
-        "0.98000",
-        "0.20000",
-        "0.20000",
-        "0.10000",
-    ]
-
-
-def test_attention_is_compared_with_the_mean_over_the_seeds_of_runs_that_ended(tmp_path: Path) -> None:
-    for model, aucs in (("din", (0.8, 0.82)), ("mean", (0.79, 0.79))):
-        for seed, auc in enumerate(aucs, start=1):
-            folder = tmp_path / f"{model}-{seed}" / "run"
-            folder.mkdir(parents=True)
-            result = {"test_auc": auc, "test_gauc": 0.7, "test_logloss_nats": 0.5}
-            (folder / "result.json").write_text(json.dumps(result))
-            lines = [{"step": 1}, {"validation_auc": 0.8}, {"validation_auc": 0.83}, {"validation_auc": 0.81}]
-            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-            found = {"seed": seed, **sequences.found_in(folder)}
-            assert (found["validation_auc"], found["epochs"]) == (0.83, 3)
-            (folder.parent / "found.json").write_text(json.dumps(found))
-    lines = sequences.table_of({"sequences": sequences.measure(2, tmp_path, 1, "commit")}).splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0][:5] == ["din", "2", "0.81000", "0.01000", "0.8000 0.8200"]
-    assert cells[1][:5] == ["mean", "2", "0.79000", "0.00000", "0.7900 0.7900"]
