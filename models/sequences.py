@@ -52,7 +52,7 @@ class SequenceModel(CTRModel):
         self.target_places = [place for pair in pairs for place in _targets(*pair, fields, sequences)]
         self.history_places = _places(history, sequences)
         self.negative_places = _places(negatives, sequences)
-        if negatives and len(self.negative_places) != len(self.history_places):
+        if negatives and _tables(self.negative_places, sequences) != _tables(self.history_places, sequences):
             raise ValueError(
                 f"model option negatives={list(negatives)!r} must have one sequence for each of history={history!r}, "
                 "of the same table"
@@ -115,6 +115,10 @@ def _targets(history: str, target: str, fields: Sequence[Field], sequences: Sequ
             )
         places.append([*fields].index(Field(table, target)))
     return places
+
+
+def _tables(places: Sequence[int], sequences: Sequence[Field]) -> list[str]:
+    return [sequences[place].table for place in places]
 
 
 def _places(names: Sequence[str], sequences: Sequence[Field]) -> list[int]:

@@ -304,6 +304,7 @@ WRONG = [
     ("dien", ONE, ITEMS, {"history": ["items"], "negatives": ["items"]}, "sequence 'items' must be in one of"),
     ("dien", ONE, ITEMS, {"auxiliary_weight": 0}, "auxiliary_weight=0 must be a number above 0"),
     ("dien", TWO, [*CATS, ("t", "b")], {"negatives": ["b"]}, r"negatives=\['b'\] must have one sequence for each"),
+    ("dien", TWO, [*ITEMS, ("c", "b")], {"negatives": ["b"]}, "one sequence for each of .*, of the same table"),
     ("din", ONE, ITEMS, {"attention": "max"}, "attention: 'max'; .*There are: unit, softmax, mean"),
     ("bst", ONE, ITEMS, {"heads": 2}, "heads=2 must divide the 3 columns of target and history, which are 1 of 3"),
     ("bst", ONE, ITEMS, {"positions": 0}, "positions=0 must be a whole number of at least 1"),
