@@ -20,6 +20,7 @@ from trainer.errors import ConfigError, DataError, UserError
 
 COMMANDS = (
     "train",
+    "sweep",
     "evaluate",
     "predict",
     "inspect",

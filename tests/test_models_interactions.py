@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import models
 from models import xdeepfm
+from models.autoint import attention_weights
 from models.pairs import pair_products
 from models.places import take
 from tests.test_models_formulas import dot, expect, first_order, flat, inputs, make, perceptron, sizes
@@ -234,6 +235,13 @@ def test_autoint_is_attention_beside_what_else_there_is(num_dense, num_fields, d
         return total + (first_order(model, d, w) if "linear" in options else 0.0)
 
     expect(model, inputs(num_dense, num_fields, dim), formula)
+
+
+def test_attention_weights_are_those_of_a_softmax_for_few_vectors_and_many():
+    for vectors in (10, 20):
+        query, key = torch.randn(2, 3, 2, vectors, 4).unbind()
+        shares = torch.einsum("bkmd,bknd->bkmn", query, key).exp()
+        torch.testing.assert_close(attention_weights(query, key), shares / shares.sum(dim=3, keepdim=True))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,10 @@ ORDER = (
     "predict",
     "doctor",
     "commands",
+    "grid",
+    "trials",
+    "comparison",
+    "sweep",
     "cli",
     "__main__",
 )

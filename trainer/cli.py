@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_sweep(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     _add_inspect(commands)
@@ -71,6 +72,49 @@ def _add_train(commands: Commands) -> None:
     )
 
 
+_SWEEP = """
+Every run is a process of `train`, in DIR/NAME. The same command goes on where it was stopped: finished runs are not
+trained again, unless their description has changed (their data are taken to be the same). DIR gets sweep.png,
+sweep.json and logs/. Settings are chosen by the validation metric that the run goes by, evaluation.metric.
+
+examples:
+  which optimizer, and which learning rates? first for the tables, then for the model beside the best of these
+    python -m trainer sweep RUN.toml --optimizers
+  two learning rates with two optimizers of all tables, three seeds each: 12 runs, of which 2 train at once
+    python -m trainer sweep RUN.toml --over dense_optimizer.lr=1e-3,3e-3 \\
+        --over 'tables[*].optimizer.kind=adagrad,rowwise_adagrad' --seeds 3 --jobs 2
+  wider layers with more dropout: 2 runs, on the first 1,000 steps
+    python -m trainer sweep RUN.toml --zip --over 'model.hidden=[64,32],[400,400]' --over model.dropout=0,0.5 \\
+        --set max_steps=1000
+"""
+
+
+def _add_sweep(commands: Commands) -> None:
+    what = "train a run under several settings, such as optimizers, and say which is best by validation"
+    sweep = _command(commands, "sweep", what, _sweep)
+    sweep.epilog, sweep.formatter_class = _SWEEP, argparse.RawDescriptionHelpFormatter
+    sweep.add_argument("config", type=local, metavar="RUN.toml", help="the run description")
+    tried = sweep.add_mutually_exclusive_group(required=True)
+    tried.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="values of a key to try; may be given often: all values of one with all of the other",
+    )
+    tried.add_argument(
+        "--optimizers", action="store_true", help="try optimizers and learning rates, some 16 runs with each seed"
+    )
+    pairing = sweep.add_mutually_exclusive_group()
+    pairing.add_argument("--zip", action="store_true", help="first values together, second values together, and so on")
+    pairing.add_argument("--product", action="store_false", dest="zip", help="all with all (default)")
+    _add_set(sweep)
+    sweep.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each setting, seed, seed + 1, ...")
+    sweep.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each run, by torchrun")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, which share the cores")
+    sweep.add_argument("--output", type=local, metavar="DIR", help="default: the run's output with -sweep after it")
+
+
 def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
@@ -78,7 +122,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
-        help="override a key, such as data.epochs=2 or tables[0].rows=5000000; may be given often",
+        help="override a key, such as data.epochs=2 or tables[0].rows=5000000 (tables[*]: of all); may be given often",
     )
 
 
@@ -236,6 +280,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
     finished = commands.train(config, fresh=arguments.fresh, confirmed=arguments.yes)
     return DONE if finished else RESTART
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from trainer.sweep import Sweep, sweep
+
+    asked = Sweep(
+        config=arguments.config,
+        shared=tuple(arguments.overrides),
+        overs=tuple(arguments.over),
+        pairs=arguments.zip,
+        seeds=arguments.seeds,
+        ranks=arguments.ranks,
+        jobs=arguments.jobs,
+        output=arguments.output,
+    )
+    _print(sweep(asked))
+    return DONE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -69,16 +69,23 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one ``key=value`` in plain data, in place; keys are dotted, lists take ``[i]`` or ``.i``.
+    """Set one ``key=value`` in plain data, in place; keys are dotted, lists take ``[i]`` or ``.i``, ``[*]`` for all.
 
-    >>> data = {"tables": [{"rows": 10}]}
+    >>> data = {"tables": [{"rows": 10}, {"rows": 10}]}
     >>> apply_override(data, "tables[0].rows=20"); data
-    {'tables': [{'rows': 20}]}
+    {'tables': [{'rows': 20}, {'rows': 10}]}
+    >>> apply_override(data, "tables[*].rows=30"); data
+    {'tables': [{'rows': 30}, {'rows': 30}]}
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r} is not key=value; write it like --set data.epochs=2")
-    parts = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
+    if "[*]" in key:
+        before, _, after = key.strip().partition("[*]")
+        for number in range(_length(data, before)):
+            apply_override(data, f"{before}[{number}]{after}={text}")
+        return
+    parts = _parts(key.strip())
     place: Any = data
     for depth, part in enumerate(parts[:-1]):
         place = _step_into(place, part, ".".join(parts[:depth]))
@@ -88,6 +95,23 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         place[parts[-1]] = _value(text)
     else:
         raise ConfigError(f"--set {key}: {'.'.join(parts[:-1])} is a plain value and has no keys of its own")
+
+
+def _length(data: dict[str, Any], key: str) -> int:
+    """Entries of the list at a dotted key."""
+    place: Any = data
+    parts = _parts(key)
+    for depth, part in enumerate(parts):
+        place = _step_into(place, part, ".".join(parts[:depth]))
+    if not isinstance(place, list) or not place:
+        raise ConfigError(
+            f"--set {key}[*]: {key} has no entries; [*] stands for all of a list, such as tables[*].rows=9"
+        )
+    return len(place)
+
+
+def _parts(key: str) -> list[str]:
+    return re.sub(r"\[(\d+)\]", r".\1", key).split(".")
 
 
 def _step_into(place: Any, part: str, where: str) -> Any:

@@ -35,3 +35,7 @@ class MetricError(UserError):
 
 class InstallError(UserError):
     """What is installed does not fit together."""
+
+
+class RunFailedError(UserError):
+    """A run that this process started did not come to its end."""

@@ -40,12 +40,17 @@ def only_run(output: str, world: World) -> Iterator[None]:
         with world.together():
             place = locate(output)
             if world.is_chief and isinstance(place, Path):
-                held.enter_context(_locked(place))
+                held.enter_context(locked(place))
         yield
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
+    """Keep others off a folder of this host, which is made where there is none, while the block runs.
+
+    Raises:
+        OutputError: another process is at work in it, or it cannot be written.
+    """
     make_output(output)
     try:
         descriptor = os.open(output / NAME, os.O_RDWR | os.O_CREAT, 0o644)

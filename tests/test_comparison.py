@@ -1,0 +1,127 @@
+"""Tests of what a sweep shows: the table and the picture have the medians over seeds, best first, and every failure."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from tests.resources import largest_file
+from trainer.comparison import PICTURE, curve_of, draw, summary, table
+from trainer.errors import OutputError
+from trainer.grid import Setting
+from trainer.trials import Outcome, Result
+
+
+def outcome(*values: float, auc: float = 0.5, seconds: float = 1.0) -> Outcome:
+    evaluations = tuple((10 * n, value) for n, value in enumerate(values, 1))
+    test = {"test_step": 1.0, "test_rows": 9.0, "test_auc": auc, "test_logloss_nats": 0.25, "test_possible_auc": 0.9}
+    return Outcome(evaluations, test, 10 * len(values), seconds)
+
+
+def result(name: str, outcomes: list[Outcome], *failures: str, higher: bool = True) -> Result:
+    failed = {len(outcomes) + n: why for n, why in enumerate(failures)}
+    return Result(Setting(name, (f"a={name}",)), dict(enumerate(outcomes)), failed, higher)
+
+
+LOW = result("low", [outcome(0.1, 0.3, auc=0.75), outcome(0.4, 0.2, auc=0.25), outcome(0.2, 0.35, auc=0.5)])
+HIGH = result("high", [outcome(0.5, 0.6, seconds=1234.5), outcome(0.7, 0.8, seconds=2000), outcome(0.6, 0.61, 0.7)])
+HALF = result("half", [outcome(0.9), outcome(0.9)], "no rows")
+NONE = result("none", [], "no table", "no table", "no lr")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is written, as well."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(self: Figure, *arguments: Any, **options: Any) -> None:
+        found.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return found
+
+
+def test_the_table_has_medians_best_first_then_incomplete_settings_and_a_line_for_each_failure() -> None:
+    lines = table([NONE, LOW, HALF, HIGH], "auc").splitlines()
+    assert lines[0].split() == (
+        ["setting", "validation_auc", "spread", "test_auc", "test_logloss_nats", "steps", "seconds", "finished"]
+    )
+    assert [line.split() for line in lines[2:6]] == [
+        ["high", "0.70000", "0.20000", "0.50000", "0.25000", "20", "1,234", "3", "of", "3"],
+        ["low", "0.35000", "0.10000", "0.50000", "0.25000", "20", "1", "3", "of", "3"],
+        ["half", "0.90000", "0.00000", "0.50000", "0.25000", "10", "1", "2", "of", "3"],
+        ["none", "-", "-", "-", "-", "-", "-", "0", "of", "3"],
+    ]
+    assert lines[6:] == [
+        "failed: half,seed=2: no rows",
+        "failed: none,seed=0: no table",
+        "failed: none,seed=1: no table",
+        "failed: none,seed=2: no lr",
+    ]
+
+
+def test_test_metrics_do_not_decide() -> None:
+    better = result("better", [outcome(0.6, auc=0.1)])
+    worse = result("worse", [outcome(0.5, auc=0.9)])
+    assert [row["setting"] for row in summary([worse, better], "auc")] == ["better", "worse"]
+
+
+def test_of_one_seed_there_is_no_spread_and_of_no_test_data_no_column() -> None:
+    alone = Result(Setting("a", ()), {3: Outcome(((5, 0.5),), {}, 5, 2.0)}, {}, False)
+    assert table([alone], "logloss_nats").splitlines()[0].split() == (
+        ["setting", "validation_logloss_nats", "steps", "seconds", "finished"]
+    )
+
+
+def test_the_curve_is_the_median_with_its_bounds_where_all_runs_were_scored() -> None:
+    runs = [outcome(0.1, 0.2, 0.3), outcome(0.3, 0.1), outcome(0.2, 0.6, 0.7, 0.8)]
+    expected = [
+        (10 * (n + 1), statistics.median(values), min(values), max(values))
+        for n, values in enumerate(zip(*([v for _, v in run.evaluations] for run in runs), strict=False))
+    ]
+    assert curve_of(result("a", runs)) == expected
+    assert [step for step, *_ in expected] == [10, 20]
+
+
+def test_the_picture_has_a_curve_and_a_band_for_each_setting_in_the_order_of_the_table(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    assert draw([NONE, LOW, HIGH], "auc", tmp_path) == tmp_path / PICTURE
+    (axes,) = figures[0].axes
+    curves = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert curves == {"low": [[10, 0.2], [20, 0.3]], "high": [[10, 0.6], [20, 0.61]]}
+    assert len(axes.collections) == 2
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["high", "low"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "validation_auc")
+    assert "3 seeds" in axes.get_title(loc="left")
+    assert imread(tmp_path / PICTURE).std() > 0
+
+
+def test_many_settings_with_long_names_leave_the_curves_their_room(tmp_path: Path, figures: list[Figure]) -> None:
+    many = [result(f"{'x' * 40},{'y' * 40},a={n}", [outcome(0.5 + n / 100, 0.6)]) for n in range(14)]
+    draw(many, "auc", tmp_path)
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == 11
+    assert labels[-1] == "4 more"
+    assert axes.get_position().width > 0.4
+    assert legend.get_window_extent().x1 <= figures[0].bbox.x1
+
+
+def test_nothing_is_drawn_of_failures_alone_and_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    assert draw([NONE], "auc", tmp_path) is None
+    with largest_file(1000), pytest.raises(OutputError, match=r"sweep.png cannot be written: .*; free some space"):
+        draw([LOW], "auc", tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,194 @@
+"""Tests of the command ``sweep``: a real one, what it says, how it goes on, and mistakes that end it before any run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from tests.command_line import Outcome as Said
+from tests.command_line import call, digests
+from tests.small_data import run_plain, write_toml
+from trainer import sweep as sweep_module
+from trainer.errors import RunFailedError
+from trainer.grid import Trial
+from trainer.trials import Outcome, StoppedError
+
+KINDS = "tables[*].optimizer.kind"
+
+
+@pytest.mark.timeout(600)
+def test_a_sweep_trains_every_setting_names_the_best_and_what_failed_and_goes_on(click_log: Path) -> None:
+    output, run = click_log / "sweep", click_log / "run.toml"
+    words = ("sweep", run, "--output", output, "--jobs", "2", "--set", "data.epochs=1")
+    said = call(*words, "--over", f"{KINDS}=adagrad,sgd,adam")
+    assert said.code == 0, said.errors
+    record = json.loads((output / "sweep.json").read_text(encoding="utf-8"))
+    scored = {name: best_of(output / f"optimizer.kind={name},seed=1") for name in ("adagrad", "sgd")}
+    assert [row["setting"] for row in record["settings"]] == [
+        *(f"optimizer.kind={name}" for name in sorted(scored, key=lambda name: -scored[name])),
+        "optimizer.kind=adam",
+    ]
+    assert [row["validation_auc"] for row in record["settings"][:2]] == sorted(scored.values(), reverse=True)
+    (failure,) = record["settings"][2]["failed"].values()
+    assert "does not exist in FBGEMM's CPU kernels" in failure
+    assert f"failed: optimizer.kind=adam,seed=1: {failure}" in said.output
+    assert f"best by validation_auc; test metrics took no part in that: {record['best']}\n" in said.output
+    assert record["best"] == record["settings"][0]["setting"]
+    assert imread(output / "sweep.png").std() > 0
+
+    assert record["command"] in said.output
+    _, _, _, *train = shlex.split(record["command"])
+    assert call(*train).code == 0
+    assert digests(f"{output}-best") == digests(output / f"{record['best']},seed=1"), "the command trains that very run"
+
+    for folder in output.glob("optimizer*"):
+        shutil.rmtree(folder)
+    again = call(*words, "--over", f"{KINDS}=sgd,adagrad")
+    assert again.code == 0
+    assert again.errors.count(", trained before") == 2
+    assert not [*output.glob("optimizer*")], "nothing was trained, and results do not need the runs' folders"
+    assert record["settings"][:2] == json.loads((output / "sweep.json").read_text(encoding="utf-8"))["settings"]
+
+
+def best_of(output: Path) -> float:
+    """The best validation AUC that a run recorded."""
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return max(json.loads(line).get("validation_auc", 0.0) for line in lines)
+
+
+class Scores:
+    """In the place of the processes: a run reaches the sum of the scores of what is set in it."""
+
+    scores: dict[str, float]
+    trained: list[Trial]
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        self.is_stopped = False
+
+    def __call__(self, trial: Trial) -> Outcome:
+        if self.is_stopped:
+            raise StoppedError
+        self.trained.append(trial)
+        if "error" in self.scores:
+            raise RunFailedError("no luck")
+        return Outcome(((5, sum(self.scores.get(o, 0.0) for o in trial.setting.overrides)),), {}, 5, 1.0)
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> type[Scores]:
+    """Has no run be trained."""
+
+    class Own(Scores):
+        scores: dict[str, float] = {}  # noqa: RUF012 (one for each test)
+        trained: list[Trial] = []  # noqa: RUF012
+
+    monkeypatch.setattr(sweep_module, "Processes", Own)
+    return Own
+
+
+def sweep(directory: Path, *words: str) -> Said:
+    run = write_toml(directory / "run.toml", run_plain(directory))
+    return call("sweep", run, "--output", directory / "sweep", *words)
+
+
+def test_optimizers_are_tried_for_the_tables_then_for_the_model_beside_the_best_of_these(
+    tmp_path: Path, scores: type[Scores]
+) -> None:
+    best = ["tables[*].optimizer.kind=sgd", "tables[*].optimizer.lr=10"]
+    dense = ["dense_optimizer.kind=adagrad", "dense_optimizer.lr=0.03"]
+    scores.scores = {**dict.fromkeys(best, 0.1), **dict.fromkeys(dense, 0.2)}
+    said = sweep(tmp_path, "--optimizers", "--seeds", "2", "--set", "dense_optimizer.lr=3e-3")
+    assert said.code == 0, said.errors
+    settings = list(dict.fromkeys(trial.setting for trial in scores.trained))
+    first = [setting for setting in settings if not any("dense" in override for override in setting.overrides)]
+    second = settings[len(first) :]
+    assert all(list(setting.overrides[:2]) == best for setting in second)
+    names = [setting.name.rpartition("=")[2] for setting in second]
+    assert names == ["adam-3e-4", "adam-1e-3", "adamw-1e-3", "adamw-3e-3", "adagrad-0.01", "adagrad-0.03"], (
+        "adam at 3e-3 is the run that the tables' optimizers were tried with"
+    )
+    assert f": {','.join(['tables=sgd-10', 'dense=adagrad-0.03'])}\n" in said.output
+    command = shlex.split(said.output.splitlines()[-2])
+    assert [word for word in command if word in (*best, *dense)] == [*best, *dense]
+    assert len(scores.trained) == 2 * len(settings) == len({trial.name for trial in scores.trained})
+
+
+def test_the_worst_log_loss_does_not_win(tmp_path: Path, scores: type[Scores]) -> None:
+    scores.scores = {"data.epochs=1": 0.7, "data.epochs=2": 0.3, "data.epochs=3": 0.5}
+    said = sweep(tmp_path, "--over", "data.epochs=1,2,3", "--set", "evaluation.metric=logloss_nats")
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["settings"]
+    assert [row["validation_logloss_nats"] for row in rows] == [0.3, 0.5, 0.7]
+    assert "best by validation_logloss_nats: data.epochs=2\n" in said.output
+
+
+def test_where_all_failed_the_table_says_why_and_nothing_is_recommended(tmp_path: Path, scores: type[Scores]) -> None:
+    scores.scores = {"error": 1}
+    said = sweep(tmp_path, "--over", "data.epochs=1,2")
+    said.complains_of(r"no setting finished all its runs; what they said is in .*/sweep/logs$")
+    assert said.output.count("no luck") == 2
+    assert "best" not in said.output
+
+
+def test_a_signal_ends_it_with_the_code_to_restart_on_and_handlers_are_as_before(
+    tmp_path: Path, scores: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def kill(self: Scores, trial: Trial) -> Outcome:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RunFailedError("ended")
+
+    monkeypatch.setattr(scores, "__call__", kill)
+    said = sweep(tmp_path, "--over", "data.epochs=1,2")
+    assert said.code == 75
+    assert "\nstopped; the same command goes on\n" in said.errors
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--over", "data.epoch=1,2"), "error: unknown key data.epoch; did you mean data.epochs?"),
+        (("--over", "data.epochs="), "error: --over data.epochs= has an empty value"),
+        (("--over", "model.dropot=0,0.5"), "error: model: unknown option for model kind 'deepfm': 'dropot'"),
+        (("--over", "data.epochs=1,1"), "error: --over data.epochs has the value 1 2 times"),
+        (("--over", "data.epochs=1", "--set", "data.validation=[]"), "error: data.validation is empty"),
+        (("--over", "data.epochs=1", "--seeds", "0"), "error: --seeds is 0, expected 1 or more"),
+        (("--over", "data.epochs=1", "--jobs", "-1"), "error: --jobs is -1, expected 1 or more"),
+        (("--over", "data.epochs=1", "--ranks", "0"), "error: --ranks is 0, expected 1 or more"),
+        (("--over", "data.epochs=1,2", "--over", "seed=1", "--zip"), "error: --over seed: the sweep itself sets seed"),
+        (("--optimizers", "--set", f"{KINDS}=sgd"), f"error: --set {KINDS}=sgd would have no effect"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(
+    tmp_path: Path, scores: type[Scores], words: tuple[str, ...], message: str
+) -> None:
+    said = sweep(tmp_path, *words)
+    said.complains_of(f"^{re.escape(message)}")
+    assert scores.trained == []
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_under_a_launcher_it_is_refused(tmp_path: Path, scores: type[Scores], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    sweep(tmp_path, "--over", "data.epochs=1,2").complains_of("sweep starts the ranks of its runs itself")
+
+
+def test_a_second_sweep_into_the_same_folder_is_told_who_is_there(
+    tmp_path: Path, scores: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.lock._WAIT_SECONDS", 0.1)
+    with sweep_module.locked(tmp_path / "sweep"):
+        sweep(tmp_path, "--over", "data.epochs=1,2").complains_of(rf"is in use: process {os.getpid()} on ")
+    assert scores.trained == []

@@ -1,0 +1,160 @@
+"""What a sweep found: one table, one picture, and the plain data of both. Chooses by validation only."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from trainer.errors import OutputError
+from trainer.location import replacing
+from trainer.trials import Result, ranked
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE = "sweep.png"
+"""The picture, in the sweep's folder."""
+
+_LABEL_LETTERS = 48
+"""Of a line of the legend, beside which the curves need their room."""
+
+_MOST_COLORS = 10
+"""Settings that have a color of their own in the picture; those behind them share one."""
+
+
+def summary(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
+    """What the table and the picture show of each setting, best first, as plain data."""
+    return [
+        {
+            "setting": result.setting.name,
+            "overrides": list(result.setting.overrides),
+            **_numbers(result, metric),
+            "finished": len(result.outcomes),
+            "failed": {str(seed): failure for seed, failure in result.failures.items()},
+        }
+        for result in ranked(results)
+    ]
+
+
+def _numbers(result: Result, metric: str) -> dict[str, float]:
+    if not result.outcomes:
+        return {}
+    outcomes = list(result.outcomes.values())
+    bests = [outcome.best(higher_is_better=result.higher_is_better) for outcome in outcomes]
+    tests = [outcome.test for outcome in outcomes]
+    return {
+        f"validation_{metric}": result.median,
+        "spread": result.spread,
+        **{name: statistics.median(test[name] for test in tests) for name in _shown_beside(list(tests[0]), metric)},
+        "best_step": statistics.median(step for step, _ in bests),
+        "steps": statistics.median(outcome.steps for outcome in outcomes),
+        "seconds": statistics.median(outcome.seconds for outcome in outcomes),
+    }
+
+
+def _shown_beside(names: Sequence[str], metric: str) -> list[str]:
+    """Metrics of the test data that stand beside validation: the one that runs go by, AUC and log loss.
+
+    >>> _shown_beside(["test_rows", "test_logloss_nats", "test_auc", "test_gauc", "test_possible_auc"], "gauc")
+    ['test_gauc', 'test_auc', 'test_logloss_nats']
+    """
+    kinds = dict.fromkeys((metric, "auc", "logloss_nats"))
+    return [name for kind in kinds for name in names if name.endswith(f"_{kind}") and "possible" not in name]
+
+
+_WHOLE = ("steps", "seconds")
+_NOT_COLUMNS = ("setting", "overrides", "best_step", "finished", "failed")
+
+
+def table(results: Sequence[Result], metric: str) -> str:
+    """A line for each setting, best first, with medians over seeds; then a line for each run that failed."""
+    rows = summary(results, metric)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS))
+    seeds = max(row["finished"] + len(row["failed"]) for row in rows)
+    if seeds == 1:
+        columns = [name for name in columns if name != "spread"]
+    cells = [
+        [row["setting"], *(_written(name, row.get(name)) for name in columns), f"{row['finished']} of {seeds}"]
+        for row in rows
+    ]
+    headers = ["setting", *columns, "finished"]
+    aligned = ("left", *["right"] * (len(headers) - 1))
+    shown = str(tabulate(cells, headers=headers, disable_numparse=True, colalign=aligned))
+    failed = [f"failed: {row['setting']},seed={seed}: {why}" for row in rows for seed, why in row["failed"].items()]
+    return "\n".join([shown, *failed])
+
+
+def _written(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if name in _WHOLE else f"{value:.5f}"
+
+
+def curve_of(result: Result) -> list[tuple[int, float, float, float]]:
+    """(step, median, lowest, highest) over seeds of validation at each scoring, as far as all runs went.
+
+    Further on, where some had stopped early, the median would be that of other runs, and jump.
+    """
+    by_step: dict[int, list[float]] = {}
+    for outcome in result.outcomes.values():
+        for step, value in outcome.evaluations:
+            by_step.setdefault(step, []).append(value)
+    return [
+        (step, statistics.median(values), min(values), max(values))
+        for step, values in sorted(by_step.items())
+        if len(values) == len(result.outcomes)
+    ]
+
+
+def draw(results: Sequence[Result], metric: str, output: Path) -> Path | None:
+    """Draw validation against steps, one curve per setting, best first; None if no run was finished.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    shown = [result for result in ranked(results) if result.outcomes]
+    if not shown:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 4.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    _draw(axes, shown, metric)
+    path = output / PICTURE
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format="png")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; free some space") from error
+    return path
+
+
+def _draw(axes: Axes, shown: Sequence[Result], metric: str) -> None:
+    for place, result in reversed([*enumerate(shown)]):  # the best are drawn last, over the others
+        steps, medians, lows, highs = (list(column) for column in zip(*curve_of(result), strict=True))
+        colored = place < _MOST_COLORS
+        color = f"C{place}" if colored else "lightgray"
+        behind = len(shown) - _MOST_COLORS
+        name = textwrap.fill(result.setting.name.replace(",", ", "), _LABEL_LETTERS)
+        label = name if colored else f"{behind} more" if place == _MOST_COLORS else None
+        axes.plot(steps, medians, ".-", color=color, markersize=4, linewidth=1.4, label=label)
+        if len(result.outcomes) > 1:
+            axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
+    axes.set_xlabel("step")
+    seeds = max(len(result.outcomes) for result in shown)
+    of_seeds = f", median of {seeds} seeds, lowest to highest" if seeds > 1 else ""
+    axes.set_ylabel(f"validation_{metric}")
+    axes.set_title(f"validation{of_seeds}; best first", loc="left", fontsize="medium")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small"
+    )

@@ -1,0 +1,251 @@
+"""What a sweep tries: settings made of ``--over`` values, each with a name and a checked run description.
+
+Knows nothing of processes and results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig, to_plain
+from trainer.description import load
+from trainer.errors import ConfigError
+
+_LONGEST_NAME = 120
+"""Characters of a setting's name; a file system takes 255 bytes, and a seed and endings follow."""
+
+_RESERVED = {"output": "--output DIR", "seed": "--seeds N"}
+"""Keys that the sweep itself sets, and the option that says to what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is tried, with one seed or several."""
+
+    name: str
+    """Says what is set; of letters that every file system takes, and the same whenever the same is set."""
+
+    overrides: tuple[str, ...]
+    """``key=value``, besides those that all settings have."""
+
+
+Axis = tuple[Setting, ...]
+"""What one dimension of a grid may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a sweep."""
+
+    setting: Setting
+    seed: int
+    description: dict[str, Any]
+    """The whole run description as plain data but for ``output``: what decides the result."""
+
+    @property
+    def name(self) -> str:
+        """Names the run's folder."""
+        return f"{self.setting.name},seed={self.seed}"
+
+
+def axes_of(overs: Sequence[str]) -> list[Axis]:
+    """The axis of each ``KEY=VALUE,VALUE,...``; a comma in brackets or quotes is part of a value.
+
+    Raises:
+        ConfigError: no values, an empty or repeated one, or a key that is not to be swept or comes twice.
+
+    >>> [[setting.name for setting in axis] for axis in axes_of(["model.hidden=[64,32],[8]", "tables[*].ids=exact"])]
+    [['model.hidden=64-32', 'model.hidden=8'], ['ids=exact']]
+    """
+    keys = [over.partition("=")[0].strip() for over in overs]
+    for key, over in zip(keys, overs, strict=True):
+        if "=" not in over or not key:
+            raise ConfigError(
+                f"--over {over!r} is not KEY=VALUE,VALUE; write it like --over dense_optimizer.lr=1e-3,3e-3"
+            )
+        if key in _RESERVED:
+            raise ConfigError(f"--over {key}: the sweep itself sets {key}; say {_RESERVED[key]}")
+        if keys.count(key) > 1:
+            raise ConfigError(f"--over {key} is given {keys.count(key)} times; give all its values to one")
+    return [
+        _axis(key, over.partition("=")[2], short) for key, over, short in zip(keys, overs, _short(keys), strict=True)
+    ]
+
+
+def _axis(key: str, text: str, short: str) -> Axis:
+    values = split_values(text)
+    for value in values:
+        if not value:
+            raise ConfigError(f"--over {key}={text} has an empty value; write values with one comma between two")
+        if values.count(value) > 1:
+            raise ConfigError(f"--over {key} has the value {value} {values.count(value)} times; give it once")
+    return tuple(Setting(_clean(f"{short}={value}"), (f"{key}={value}",)) for value in values)
+
+
+def split_values(text: str) -> list[str]:
+    """Parts between the commas that are not in brackets or quotes, without spaces around them.
+
+    >>> split_values("1e-3, [1, 2],'a,b',{a = [1], b = 2}")
+    ['1e-3', '[1, 2]', "'a,b'", '{a = [1], b = 2}']
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _short(keys: Sequence[str]) -> list[str]:
+    """The shortest endings, of two names where the key has them, that tell keys apart; without ``[*]``.
+
+    >>> _short(["tables[*].optimizer.lr", "dense_optimizer.lr", "tables[0].rows", "tables[1].rows"])
+    ['optimizer.lr', 'dense_optimizer.lr', 'tables[0].rows', 'tables[1].rows']
+    """
+    paths = [key.replace("[*]", ".*").split(".") for key in keys]
+
+    def ending(path: list[str], length: int) -> str:
+        return ".".join(part for part in path[-length:] if part != "*")
+
+    found = []
+    for path in paths:
+        others = [other for other in paths if other is not path]
+        length = min(2, len(path))
+        while length < len(path) and ending(path, length) in [ending(other, length) for other in others]:
+            length += 1
+        found.append(ending(path, length))
+    return found
+
+
+def _clean(name: str) -> str:
+    """A name of letters that need no quotes; a comma separates settings, so that it is none of them.
+
+    >>> _clean("model.hidden=[64, 32]"), _clean("data.train=['a/*.parquet']")
+    ('model.hidden=64-32', 'data.train=a-.parquet')
+    """
+    return re.sub(r"-*(=)-*|^-+|-+$", r"\1", re.sub(r"[^\w.+=-]+", "-", name, flags=re.ASCII))
+
+
+def product(axes: Sequence[Axis]) -> list[Setting]:
+    """Every combination, the last axis changing fastest."""
+    return _named(itertools.product(*axes))
+
+
+def zipped(axes: Sequence[Axis]) -> list[Setting]:
+    """The first of all axes, the second of all, and so on.
+
+    Raises:
+        ConfigError: the axes are not of equal length.
+    """
+    lengths = [len(axis) for axis in axes]
+    if len(set(lengths)) > 1:
+        raise ConfigError(f"--zip pairs values one by one, and --over has {' and '.join(map(str, lengths))} of them")
+    return _named(zip(*axes, strict=True))
+
+
+def _named(combinations: Iterable[Sequence[Setting]]) -> list[Setting]:
+    """One setting of each combination; a name that is too long, or that two would have, ends in a digest instead."""
+    pairs = [
+        (",".join(part.name for part in parts), tuple(itertools.chain.from_iterable(part.overrides for part in parts)))
+        for parts in combinations
+    ]
+    names = [name for name, _ in pairs]
+    return [
+        Setting(_digested(name, overrides) if len(name) > _LONGEST_NAME or names.count(name) > 1 else name, overrides)
+        for name, overrides in pairs
+    ]
+
+
+def _digested(name: str, overrides: Sequence[str]) -> str:
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST_NAME - 9]}-{digest}"
+
+
+_TABLE_RATES = {
+    "sgd": ("0.1", "1", "10"),
+    "adagrad": ("0.01", "0.05", "0.2"),
+    "rowwise_adagrad": ("0.01", "0.05", "0.2"),
+    "adam": ("3e-4", "1e-3", "3e-3"),
+}
+_DENSE_RATES = {"adam": ("3e-4", "1e-3", "3e-3"), "adamw": ("1e-3", "3e-3"), "adagrad": ("0.01", "0.03")}
+_DENSE_ALSO = {"adamw": ("dense_optimizer.weight_decay=0.01",)}  # without, it would be adam once more
+
+
+def table_optimizers(config: RunConfig, *, on_gpu: bool) -> Axis:
+    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings."""
+    apart = [table.sharding == ("data_parallel",) for table in config.tables]
+    splits = {"column_wise", "table_column_wise", "grid_shard"}
+    whole = not any(table.sharding and set(table.sharding) <= splits for table in config.tables)
+    has = {"adam": on_gpu or all(apart), "rowwise_adagrad": whole and not any(apart)}
+    return tuple(
+        Setting(f"tables={kind}-{rate}", (f"tables[*].optimizer.kind={kind}", f"tables[*].optimizer.lr={rate}"))
+        for kind, rates in _TABLE_RATES.items()
+        if has.get(kind, True)
+        for rate in rates
+    )
+
+
+def dense_optimizers() -> Axis:
+    """What ``--optimizers`` tries for the interaction model."""
+    return tuple(
+        Setting(
+            f"dense={kind}-{rate}",
+            (f"dense_optimizer.kind={kind}", f"dense_optimizer.lr={rate}", *_DENSE_ALSO.get(kind, ())),
+        )
+        for kind, rates in _DENSE_RATES.items()
+        for rate in rates
+    )
+
+
+def configs_of(path: Path, shared: Sequence[str], settings: Sequence[Setting]) -> list[RunConfig]:
+    """The run description of each setting; ``shared``: the overrides that all of them have.
+
+    Raises:
+        ConfigError: one is wrong, two are the same, or they cannot be compared by validation.
+    """
+    for override in shared:
+        key = override.partition("=")[0].strip()
+        if key == "output":
+            raise ConfigError(f"--set {override}: the sweep itself sets output; say --output DIR")
+        if key in {over.partition("=")[0].strip() for setting in settings for over in setting.overrides}:
+            raise ConfigError(f"--set {override} would have no effect: the sweep itself sets {key}; leave one out")
+    configs = [load(path, [*shared, *setting.overrides]) for setting in settings]
+    for number, config in enumerate(configs):
+        if not config.data.validation:
+            raise ConfigError("data.validation is empty, and a sweep chooses by it; name files to score")
+        for key, own, first in (
+            ("evaluation.metric", config.evaluation.metric, configs[0].evaluation.metric),
+            ("data.validation", config.data.validation, configs[0].data.validation),
+        ):
+            if own != first:
+                raise ConfigError(
+                    f"{key} is not the same in all settings, which then cannot be compared; leave it alone"
+                )
+        if config in configs[:number]:
+            same = settings[configs.index(config)].name
+            raise ConfigError(f"{settings[number].name} is the same run as {same}; leave one of them out")
+    return configs
+
+
+def trials_of(settings: Sequence[Setting], configs: Sequence[RunConfig], num_seeds: int) -> list[Trial]:
+    """The runs of each setting: with the seed of its run description and those that follow it."""
+    found = []
+    for setting, config in zip(settings, configs, strict=True):
+        plain = to_plain(config)
+        del plain["output"]
+        seeds = range(config.seed, config.seed + num_seeds)
+        found += [Trial(setting, seed, {**plain, "seed": seed}) for seed in seeds]
+    return found
