@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, idmap, limits, multitask, peers, reading, scaling, stall, throughput
+from benchmarks import accuracy, idmap, limits, multitask, peers, reading, scaling, sequences, stall, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -86,6 +86,11 @@ def of_several_labels(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{multitask.table_of(record)}"
 
 
+def attending(record: dict[str, Any]) -> str:
+    """The record of sequences.py."""
+    return f"{_origin(record)}\n\n{sequences.table_of(record)}"
+
+
 def standing_still(record: dict[str, Any]) -> str:
     """The record of stall.py."""
     return f"{_origin(record)}\n\n{stall.table_of(record)}"
@@ -103,6 +108,7 @@ def rendered(results: Path) -> str:
         "peers": beside_peers,
         "reading": ready_batches,
         "scaling": larger,
+        "sequences": attending,
         "stall": standing_still,
         "throughput": as_started,
     }

@@ -9,22 +9,36 @@ from typing import Any
 
 from models.autoint import AutoInt
 from models.blocks import MLPOptions
+from models.bst import BST
 from models.dcn import DCN, DCNv2
 from models.deepfm import DeepFM
+from models.dien import DIEN
+from models.din import DIN
 from models.dlrm import DLRM
 from models.dnn import DNN
 from models.finalmlp import FinalMLP
 from models.fm import FM
 from models.fnn import FNN
 from models.linear import LR
-from models.model import CTRModel, Field, LinearSource
+from models.model import CTRModel, Field, LinearSource, Sequences, WithLoss
 from models.multitask import ESMM, PLE, MMoE, SharedBottom
 from models.options import one_of, unknown
 from models.pnn import PNN
 from models.wide_deep import WideDeep
 from models.xdeepfm import XDeepFM
 
-__all__ = ["MODELS", "CTRModel", "Field", "LinearSource", "build", "check_options", "linear_source", "options_of"]
+__all__ = [
+    "MODELS",
+    "CTRModel",
+    "Field",
+    "LinearSource",
+    "Sequences",
+    "WithLoss",
+    "build",
+    "check_options",
+    "linear_source",
+    "options_of",
+]
 
 MODELS: dict[str, type[CTRModel]] = {
     "lr": LR,
@@ -34,6 +48,9 @@ MODELS: dict[str, type[CTRModel]] = {
     "dcn": DCN,
     "dcnv2": DCNv2,
     "wide_deep": WideDeep,
+    "din": DIN,
+    "dien": DIEN,
+    "bst": BST,
     "xdeepfm": XDeepFM,
     "finalmlp": FinalMLP,
     "pnn": PNN,

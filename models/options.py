@@ -1,6 +1,7 @@
 """Checks of model options, which come from a run description: one line, with the value and what is right."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -56,3 +57,9 @@ def names(option: str, value: object, known: Iterable[str]) -> None:
     right = list(known)
     for place, name in enumerate(value):
         one_of(f"{option}[{place}]", name, right)
+
+
+def positive(option: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"model option {option}={value!r} must be a number above 0")

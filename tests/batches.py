@@ -70,6 +70,7 @@ class Spaces:
 
     spaces: dict[str, SpaceState]
     collections: dict[str, list[str]] = field(default_factory=dict)
+    equally_long: tuple[str, ...] = ()
 
     def spaces_by_collection(self) -> Mapping[str, Sequence[str]]:
         """As given, else all spaces in one collection."""

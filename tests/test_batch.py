@@ -47,9 +47,9 @@ class Recorder:
 def recorded() -> tuple[Any, list[tuple[Any, ...]]]:
     calls: list[tuple[Any, ...]] = []
     sparse = {name: Recorder(name, calls) for name in COLLECTIONS}
-    bags = {
-        "s": Bags(Recorder("places", calls), Recorder("bounds", calls), np.empty(0, np.int32), np.empty(0, np.int32))
-    }  # type: ignore[arg-type]
+    nothing = np.empty(0, np.int32)
+    places, bounds, lengths = (Recorder(name, calls) for name in ("places", "bounds", "lengths"))
+    bags = {"s": Bags(places, bounds, nothing, nothing, lengths)}  # type: ignore[arg-type]
     tensors = {name: Recorder(name, calls) for name in ("dense", "labels")}
     return replace(batch(), sparse=sparse, bags=bags, **tensors), calls  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ def test_moving_to_where_it_is_copies_nothing() -> None:
 
 
 def parts(batch: Any) -> list[Any]:
-    bags = [part for bags in batch.bags.values() for part in (bags.places, bags.bounds)]
+    bags = [part for bags in batch.bags.values() for part in (bags.places, bags.bounds, bags.lengths)]
     return [batch.dense, *batch.sparse.values(), *bags, batch.labels]
 
 
@@ -87,7 +87,7 @@ def test_every_tensor_moves_without_blocking_if_asked() -> None:
     moving, calls = recorded()
     there = torch.device("meta")
     moved = moving.to(there, non_blocking=True)
-    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
+    names = ["dense", *COLLECTIONS, "places", "bounds", "lengths", "labels"]
     assert calls == [(name, "to", there, True) for name in names]
     assert [part.name for part in parts(moved)] == [f"moved {name}" for name in names]
 
@@ -96,13 +96,13 @@ def test_every_tensor_is_pinned_on_its_way_to_a_gpu_as_the_copy_would_block_othe
     moving, calls = recorded()
     gpu = torch.device("cuda", 0)
     moving.to(gpu, non_blocking=True)
-    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
+    names = ["dense", *COLLECTIONS, "places", "bounds", "lengths", "labels"]
     assert calls == [(f"pinned {name}", "to", gpu, True) for name in names]
 
 
 def test_every_tensor_is_pinned_and_its_stream_recorded() -> None:
     moving, calls = recorded()
-    names = ["dense", *COLLECTIONS, "places", "bounds", "labels"]
+    names = ["dense", *COLLECTIONS, "places", "bounds", "lengths", "labels"]
     pinned = moving.pin_memory()
     assert [part.name for part in parts(pinned)] == [f"pinned {name}" for name in names]
     pinned.record_stream("stream")

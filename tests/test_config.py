@@ -59,6 +59,10 @@ TABLE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"max_rows": 2_000_000}, "max_rows is set, but a table of ids = 'hashed' never grows"),
     ({"role": "linear", "dim": 2}, "dim is 2, expected 1 for a table of role 'linear'"),
     (
+        {"role": "linear", "dim": 1, "sequences": ("f",)},
+        "sequences is set, but a table of role 'linear' pools all its features",
+    ),
+    (
         {"sharding": ("data_parallel", "row_wise")},
         "sharding mixes data_parallel with other types; name data_parallel alone: its optimizer is another",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trainer import checkpoint, run
 from trainer import manifest as manifests
 from trainer.config import RunConfig
 from trainer.description import apply_override, build
-from trainer.errors import ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.rows import Cursor
 from trainer.world import World, join_world
 
@@ -85,6 +86,23 @@ def test_what_does_not_change_the_meaning_of_the_state_may_change(
         inputs = run.open_inputs(build(RunConfig, plain), world)
         path, manifest = checkpoint.find(half_way)
         run.check_same_run(manifest, inputs, path)
+
+
+def test_what_is_a_sequence_may_not_change_and_older_checkpoints_have_none(half_way: Path, click_log: Path) -> None:
+    with join_world(standalone=True) as world:
+        path, manifest = checkpoint.find(half_way)
+        plain = run_plain(click_log, output=str(half_way))
+        older = [
+            {name: value for name, value in each.items() if name != "sequences"} for each in manifest.config["tables"]
+        ]
+        manifest = dataclasses.replace(manifest, config=manifest.config | {"tables": older})
+        run.check_same_run(manifest, run.open_inputs(build(RunConfig, plain), world), path)
+        plain["tables"][0]["sequences"] = ["m*"]
+        inputs = run.open_inputs(build(RunConfig, plain), world)
+        with pytest.raises(
+            CheckpointError, match=r"^tables\[0\].sequences is \[\] in checkpoint .* and \['m0'\] in the run"
+        ):
+            run.check_same_run(manifest, inputs, path)
 
 
 def test_longer_epochs_go_on_to_what_one_longer_run_reaches(click_log: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from trainer.config import DataConfig, TableConfig, TransformConfig
 from trainer.dataset import Dataset, open_dataset
 from trainer.errors import DataError
-from trainer.schema import Columns, check_files, features_of, resolve_columns, resolve_transforms, rule_of
+from trainer.schema import Columns, check_files, features_of, resolve_columns, resolve_transforms, rule_of, sequences_of
 
 ROW = {"f10": 1, "f2": 2, "f1": "x", "d1": 0.5, "d0": 1, "tags": [1, 2], "user": 7, "click": 1, "p": 0.25}
 
@@ -44,6 +45,16 @@ def test_patterns_keep_their_order_and_each_is_sorted_by_name(tmp_path: Path) ->
     assert features_of(tables[0], columns) == ("tags", "f1", "f10", "f2")
     assert features_of(tables[1], columns) == ("f2", "user", "f1")
     assert columns.names == ("tags", "f1", "f10", "f2", "user", "d0", "d1", "click", "p")
+
+
+def test_sequences_are_features_of_their_own_table(tmp_path: Path) -> None:
+    told = dataclasses.replace(table("tags", "f*"), sequences=("f1*", "tags"))
+    columns = resolve_columns(data(), [told, table("user", name="u")], dataset(tmp_path, ROW))
+    features = features_of(told, columns)
+    assert sequences_of(told, features) == ("f1", "f10", "tags")
+    wrong = dataclasses.replace(told, sequences=("user",))
+    with pytest.raises(DataError, match="table 't': sequences: 'user' matches no column"):
+        sequences_of(wrong, features)
 
 
 def test_the_clock_may_be_an_input_as_well_and_is_read_once(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ class TableConfig:
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a multi-valued feature become one."""
 
+    sequences: tuple[str, ...] = ()
+    """Features of this table that the model gets unpooled, in their order; glob patterns. See docs/sequences.md."""
+
     optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
     """Applied in backward; tables of equal features, ids, rows and element-wise optimizer share one physical table."""
 
@@ -117,6 +120,7 @@ class TableConfig:
         require(self.ids != "hashed" or not self.max_rows, "max_rows is set, but a table of ids = 'hashed' never grows")
         if self.role == "linear":
             require(self.dim == 1, f"dim is {self.dim}, expected 1 for a table of role 'linear'")
+            require(not self.sequences, "sequences is set, but a table of role 'linear' pools all its features")
         if "data_parallel" in self.sharding:
             require(
                 len(self.sharding) == 1,
@@ -132,6 +136,11 @@ class TableConfig:
                 f"sharding {list(self.sharding)} splits rows, and rowwise_adagrad needs them whole; "
                 "use optimizer.kind = 'adagrad' or add 'row_wise' or 'table_wise'",
             )
+
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """The features that are no sequences."""
+        return tuple(feature for feature in self.features if feature not in self.sequences)
 
     @property
     def key(self) -> str:

@@ -5,12 +5,16 @@ Shape suffixes: B rows of a batch, T labels.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from trainer.batch import Batch
 from trainer.recipe import LossConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class LogVariances(nn.Module):
@@ -25,7 +29,7 @@ class LogVariances(nn.Module):
         self.log_variances = nn.Parameter(torch.zeros(num_labels))
 
 
-def with_weighting(model: nn.Module, config: LossConfig, num_labels: int) -> nn.Module:
+def with_weighting(model: Model, config: LossConfig, num_labels: int) -> Model:
     """``model``, which gets what the weights of its labels are learned in, ``loss.log_variances``, if they are."""
     if config.task_weighting == "uncertainty":
         model.add_module("loss", LogVariances(num_labels))
@@ -79,6 +83,16 @@ class StepLoss:
         if logits.dim() == 1:
             logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
         return self._of_labels(logits, labels, batch, variances)
+
+    def mean_of(self, losses_B: Tensor, batch: Batch) -> Tensor:
+        """What else a model of one label makes smaller, likewise: the mean of ``losses_B`` over rows that have it."""
+        if not batch.label_weights:
+            return losses_B.sum() * (self._world_size / batch.global_rows)
+        (whole,) = batch.label_weights
+        losses_B = losses_B * batch.labels[: batch.num_rows].isfinite()
+        if batch.weights is not None:
+            losses_B = losses_B * batch.weights[: batch.num_rows]
+        return losses_B.sum() * (self._world_size / whole if whole else 0.0)
 
     def _of_labels(self, logits_BT: Tensor, labels_BT: Tensor, batch: Batch, variances: LogVariances | None) -> Tensor:
         present_BT = labels_BT.isfinite()

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.bag_kernels import find_readers, order_by_row
-from trainer.batch import Bags, Batch, Fresh
-from trainer.columns import offsets_of
+from trainer.batch import Batch, Fresh, bags_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
 from trainer.idmap import Deduplicator, Distinct
@@ -144,6 +142,10 @@ class Tables(Protocol):
     def step_after(self, cursor: Cursor) -> int:
         """Steps of the run that lie before a cursor."""
 
+    @property
+    def equally_long(self) -> Sequence[str]:
+        """Sequences that must have as many ids as each other in every row."""
+
 
 class Mapper:
     """Maps raw batches for training, or for scoring, which changes nothing: unknown ids read the cold row."""
@@ -166,15 +168,31 @@ class Mapper:
         self._exchange = exchange
         self._distinct = Deduplicator()
         number_of = {feature: number for number, feature in enumerate(features)}
-        self._numbers = [[number_of[feature] for feature in state.space.features] for state in self.states]
+        spaces = [state.space for state in self.states]
+        self._numbers = [[number_of[feature] for feature in (*space.pooled, *space.sequences)] for space in spaces]
+        self._equally_long = [number_of[feature] for feature in tables.equally_long]
 
     def ask(self, raw: RawBatch) -> list[Question]:
         """What the batch needs of each space. Collective where a space is ``exact``.
 
         Raises:
-            DataError: an id does not fit its table; the message has feature, table, id and row.
+            DataError: an id does not fit its table; the message has feature, table, id and row. Or sequences that
+                belong together do not have as many ids.
         """
+        self._check_lengths(raw)
         return [self._ask(state, numbers, raw) for state, numbers in zip(self.states, self._numbers, strict=True)]
+
+    def _check_lengths(self, raw: RawBatch) -> None:
+        lengths = raw.lengths[self._equally_long]
+        wrong = (lengths != lengths[:1]).any(axis=0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            names = [self._features[number] for number in self._equally_long]
+            found = ", ".join(f"{name!r} {length}" for name, length in zip(names, lengths[:, row], strict=True))
+            raise DataError(
+                f"{self._place(int(raw.row_numbers[row]))}: sequences that the model reads side by side have different "
+                f"numbers of ids: {found}; give them equally many (a null is no id)"
+            )
 
     def map(self, raw: RawBatch) -> Batch:
         """The batch of row indices, where the tables have room for it. Collective where a space is ``exact``."""
@@ -260,7 +278,7 @@ class Mapper:
                     state, question, question.request, now[state.space.rules.expire_unit], num_new
                 )
                 fresh += [new] if new is not None else []
-            bags[state.name] = _bags(raw.lengths[numbers], question.distinct)
+            bags[state.name] = bags_of(raw.lengths[numbers], question.distinct, len(state.space.sequences))
         room = dict(zip(rows, needs.num_distinct, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),
@@ -313,17 +331,6 @@ class Mapper:
         if state.holders_everywhere:
             columns = self._exchange.to_all(columns, num_new)
         return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
-
-
-def _bags(lengths: NDArray[np.int32], distinct: Distinct) -> Bags:
-    """``lengths``: ids of each feature and row, [F, B]; ``distinct`` has found them feature by feature."""
-    places = np.empty(len(distinct.inverse), dtype=np.int32)
-    bounds = np.empty(lengths.size + 1, dtype=np.int32)
-    order_by_row(distinct.inverse, offsets_of(lengths.reshape(-1)), len(lengths), len(distinct.ids), places, bounds)
-    readers, ends = np.empty_like(places), np.zeros(len(distinct.ids), dtype=np.int32)
-    np.cumsum(distinct.counts[:-1], out=ends[1:])
-    find_readers(places, bounds, ends, readers)
-    return Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
 
 
 def _jagged(rows: Mapping[str, Int64s], stride: int) -> KeyedJaggedTensor:

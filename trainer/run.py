@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer import checkpoint
-from trainer.config import RunConfig, to_plain
+from trainer.config import RunConfig, TableConfig, to_plain
 from trainer.contents import stripes_for
 from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
@@ -24,7 +24,7 @@ from trainer.order import streams_of
 from trainer.recipe import LossConfig
 from trainer.remote import Remote
 from trainer.rows import Cursor
-from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms
+from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms, sequences_of
 from trainer.sharding import host_bytes, plan_rows
 from trainer.state import TrainState, build_model, build_state
 from trainer.storage import Reader
@@ -59,7 +59,7 @@ _WHERE_ABSENT = {
 }
 """What a checkpoint was made with whose run description lacks these keys."""
 
-_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "init")
+_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "sequences", "init")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,15 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
         others = [dataset for dataset in (validation, test) if dataset is not None]
         columns = resolve_columns(config.data, config.tables, train, *others)
         data = resolve_transforms(train, columns, config.data)
-        tables = tuple(dataclasses.replace(table, features=features_of(table, columns)) for table in config.tables)
+        tables = tuple(_resolved(table, columns) for table in config.tables)
         inputs = Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
     check_same_files([train, *others], world)
     return inputs
+
+
+def _resolved(table: TableConfig, columns: Columns) -> TableConfig:
+    features = features_of(table, columns)
+    return dataclasses.replace(table, features=features, sequences=sequences_of(table, features))
 
 
 def check_same_files(datasets: Sequence[Dataset], world: World) -> None:
@@ -221,7 +226,8 @@ def check_same_run(manifest: Manifest, inputs: Inputs, path: Location) -> None:
     saved_run = manifest.config
     pairs = [(name, _at(saved_run, name, _WHERE_ABSENT.get(name)), _at(ours, name)) for name in _MUST_MATCH]
     for number, (saved, own) in enumerate(zip(saved_run["tables"], ours["tables"], strict=False)):
-        pairs += [(f"tables[{number}].{name}", saved.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
+        was = {"sequences": []} | saved  # as in checkpoints from before there were any
+        pairs += [(f"tables[{number}].{name}", was.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
         pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
         if own["ids"] == "hashed":  # a row is a hash modulo their number
             pairs.append((f"tables[{number}].rows", saved["rows"], own["rows"]))

@@ -104,6 +104,11 @@ def features_of(table: TableConfig, columns: Columns) -> tuple[str, ...]:
     return _expand(table.features, columns.sparse, f"table {table.name!r}: features")
 
 
+def sequences_of(table: TableConfig, features: Sequence[str]) -> tuple[str, ...]:
+    """Those of a table's ``features`` that are not pooled, in the order of its patterns."""
+    return _expand(table.sequences, features, f"table {table.name!r}: sequences")
+
+
 def check_columns(columns: Columns, dataset: Dataset) -> None:
     """Raise DataError unless all files of ``dataset`` have the needed columns, with types that are of use."""
     file = dataset.files[0]

@@ -344,3 +344,21 @@ def quiet_libraries() -> None:
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
     for module in ("torch", "torchrec"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A differentiable sum over ranks: the gradient of a sum that all ranks read is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over ranks."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The sum of the gradient over ranks."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -50,6 +50,16 @@ class IdSpace:
         return self.rules.features
 
     @property
+    def pooled(self) -> tuple[str, ...]:
+        """Those of the features whose ids become one row."""
+        return self.rules.pooled
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Those of the features whose rows the model gets one by one."""
+        return self.rules.sequences
+
+    @property
     def capacity(self) -> int:
         """Rows that ids can have, over all ranks."""
         return (self.stripe - FIRST_SLOT) * self.world_size

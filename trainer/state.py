@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -29,6 +28,7 @@ from trainer.sharder import empty_cache
 from trainer.sharding import (
     Placements,
     Shard,
+    SumOverRanks,
     fused_shards,
     is_data_parallel,
     is_owner_local,
@@ -66,7 +66,7 @@ class TrainState:
     task: CTRTask
     """The same task, unwrapped: growth puts larger collections of tables into it."""
 
-    interaction: nn.Module
+    interaction: models.CTRModel
     """The interaction model inside it."""
 
     physical: tuple[PhysicalTable, ...]
@@ -138,9 +138,11 @@ class TrainState:
 
     def slots_used(self) -> dict[str, list[int]]:
         """By id space: one past the highest slot used, of every owner. Collective."""
+        rank = self.world.rank
         own = {
             name: [
-                state.slots_used(owner, self.world.rank) if self._knows(state, owner) else 0 for owner in self._owners
+                state.slots_used(owner, rank) if state.vocabulary is None or owner == rank else 0
+                for owner in self._owners
             ]
             for name, state in self.spaces.items()
         }
@@ -158,6 +160,11 @@ class TrainState:
     def step_after(self, cursor: Cursor) -> int:
         """Steps of the run that lie before a cursor."""
         return steps_before(cursor, self.epoch_steps)
+
+    @property
+    def equally_long(self) -> Sequence[str]:
+        """Sequences of which the model wants equally many ids in every row."""
+        return self.interaction.equally_long
 
     def take_events(self) -> dict[str, Events]:
         """By id space of exact ids: what happened since this was last called, over all ranks. Collective."""
@@ -189,9 +196,6 @@ class TrainState:
     @property
     def _owners(self) -> range:
         return range(self.world.size)
-
-    def _knows(self, state: SpaceState, owner: int) -> bool:
-        return state.vocabulary is None or owner == self.world.rank
 
     def write_fresh(self, fresh: Sequence[Fresh]) -> None:
         """Give the rows of new ids their first values, and zero moments; before their batch is looked up.
@@ -287,7 +291,7 @@ def _holders_everywhere(physical: Sequence[PhysicalTable], placements: Placement
     return not all(is_owner_local(placements, table) for table in physical if table.space == space)
 
 
-def build_model(config: RunConfig, num_dense: int) -> nn.Module:
+def build_model(config: RunConfig, num_dense: int) -> models.CTRModel:
     """The interaction model with its first weights, a function of the seed alone."""
     embeddings = [table for table in config.tables if table.role == "embedding"]
     options = {name: value for name, value in config.model.items() if name != "kind"}
@@ -296,9 +300,10 @@ def build_model(config: RunConfig, num_dense: int) -> nn.Module:
         model = models.build(
             config.model["kind"],
             num_dense=num_dense,
-            num_fields=sum(len(table.features) for table in embeddings),
+            num_fields=sum(len(table.pooled) for table in embeddings),
             dim=embeddings[0].dim if embeddings else 0,
-            fields=[models.Field(table.name, feature) for table in embeddings for feature in table.features],
+            fields=[models.Field(table.name, feature) for table in embeddings for feature in table.pooled],
+            sequences=[models.Field(table.name, feature) for table in embeddings for feature in table.sequences],
             linear_fields=[
                 models.Field(t.name, name) for t in config.tables if t.role == "linear" for name in t.features
             ],
@@ -377,21 +382,3 @@ def _replica(table: PhysicalTable, group: DenseGroup, steps: int) -> Shard:
         for name in names:
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
     return Shard(table, 0, 0, weight.data, {name: state[name] for name in names}, is_replica=True)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """A differentiable sum over ranks: the gradient of a sum that all ranks read is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over ranks."""
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The sum of the gradient over ranks."""
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total

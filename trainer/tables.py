@@ -87,6 +87,7 @@ _DECIDE_IDS = (
     "expire_after",
     "expire_unit",
     "features",
+    "sequences",
 )
 """What tables must agree on to share one id space."""
 

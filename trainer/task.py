@@ -16,10 +16,12 @@ from torch.autograd.function import once_differentiable
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from models.model import WithLoss
 from trainer.batch import Bags, Batch
 from trainer.losses import LogVariances, StepLoss
 from trainer.pooling import pool
 from trainer.recipe import LossConfig
+from trainer.sequences import padded
 from trainer.tables import Part, PhysicalTable, collections_of, output_keys
 
 
@@ -89,6 +91,8 @@ class _Source:
     key: str
     space: str
     num_fields: int
+    """Features that are pooled."""
+
     parts: tuple[Part, ...]
 
 
@@ -127,7 +131,7 @@ class Head(nn.Module):
         for collection, members in collections_of(physical).items():
             keys = output_keys(members)
             self._sources[collection] = [
-                _Source(keys[table.name], table.space.name, len(table.space.features), table.parts) for table in members
+                _Source(keys[table.name], table.space.name, len(table.space.pooled), table.parts) for table in members
             ]
 
     def forward(self, looked_up: Mapping[str, KeyedTensor], batch: Batch) -> tuple[Tensor, Prediction]:
@@ -140,18 +144,31 @@ class Head(nn.Module):
             self._seed_dropout(batch)
         rows = batch.num_rows
         columns: dict[str, Tensor] = {}
+        sequences: dict[str, tuple[Tensor, Bags]] = {}
         for collection, sources in self._sources.items():
             for source in sources:
-                columns |= _read(looked_up[collection][source.key], batch.bags[source.space], source, rows)
+                bags = batch.bags[source.space]
+                sums_NP = pool(looked_up[collection][source.key], bags)
+                if bags.lengths is not None:
+                    num_bags = batch.dense.shape[0] * source.num_fields
+                    sums_NP, rows_nP = sums_NP.split([num_bags, sums_NP.shape[0] - num_bags])
+                    sequences |= {part.table.key: (rows_nP[:, part.begin : part.end], bags) for part in source.parts}
+                sums_BFP = sums_NP.unflatten(0, (batch.dense.shape[0], source.num_fields))
+                columns |= _read(sums_BFP, bags, source, rows)
         embeddings_BFD = self._role(columns, batch, "embedding")
         linear_BF = self._role(columns, batch, "linear").flatten(1)
+        one_by_one = [sequences[key] for key in self._order if key in sequences]
+        given = (padded(one_by_one, rows),) if one_by_one else ()
         with self._precision(batch.dense.device):
-            logits_B = self.model(batch.dense[:rows], embeddings_BFD, linear_BF)
+            out = self.model(batch.dense[:rows], embeddings_BFD, linear_BF, *given)
+        logits_B, more_B = out if isinstance(out, WithLoss) else (out, None)
         logits_B = logits_B.float()
         if logits_B.dim() > 1 and not self.training:
             return logits_B.new_zeros(()), Prediction(logits_B, batch)
         variances = getattr(self.model, "loss", None)
         loss = self._loss(logits_B, batch, variances if isinstance(variances, LogVariances) else None)
+        if more_B is not None:
+            loss = loss + self._loss.mean_of(more_B, batch)
         return loss, Prediction(logits_B.detach(), batch)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
@@ -171,12 +188,11 @@ class Head(nn.Module):
         torch.manual_seed(hash((self._seed, batch.cursor.epoch, batch.cursor.step, first)) & (2**63 - 1))
 
 
-def _read(distinct_UP: Tensor, bags: Bags, source: _Source, num_rows: int) -> dict[str, Tensor]:
+def _read(sums_BFP: Tensor, bags: Bags, source: _Source, num_rows: int) -> dict[str, Tensor]:
     """[num_rows, F, D] by public name; sums over each bag, or means.
 
     The means are ours because TorchRec's differ by sharding type (an epsilon).
     """
-    sums_BFP = pool(distinct_UP, bags).unflatten(0, (-1, source.num_fields))
     parts = TakeColumns.apply(sums_BFP, num_rows, [(part.begin, part.end) for part in source.parts])
     return {
         part.table.key: sums_BFD if part.table.pooling == "sum" else sums_BFD / _lengths(bags, sums_BFD)
@@ -187,7 +203,7 @@ def _read(distinct_UP: Tensor, bags: Bags, source: _Source, num_rows: int) -> di
 def _lengths(bags: Bags, sums_BFD: Tensor) -> Tensor:
     """Ids in each bag, at least 1: [B, F, 1]."""
     num_rows, num_fields, _ = sums_BFD.shape
-    return bags.bounds.diff().view(-1, num_fields, 1)[:num_rows].clamp(min=1)
+    return bags.bounds[: num_rows * num_fields + 1].diff().view(num_rows, num_fields, 1).clamp(min=1)
 
 
 class CTRTask(nn.Module):
