@@ -67,7 +67,7 @@ class DeepFM(CTRModel):
         if combine == "two_towers":
             units = [8] if combine_hidden is None else combine_hidden
             options.widths("combine_hidden", units)
-            shared: MLPOptions = {**mlp, "hidden": units, "dropout": 0.0, "batch_norm": False}
+            shared: MLPOptions = {**mlp, "hidden": units, "dropout": 0.0, "batch_norm": False, "layer_norm": False}
             self.combined = MLP(2, logit=True, **shared)
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
