@@ -80,6 +80,14 @@ class DeepFM(CTRModel):
         logits_B = pairs_B + deep_B
         return logits_B if first_B is None else first_B + logits_B
 
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return first-order term, if any, pairs, and deep part, shape [B] each; one term where they are combined."""
+        if self.combined is not None:
+            return super().terms(dense_BN, embeddings_BFD, linear_BF)
+        first_B, pairs_B, deep_B = self.parts(dense_BN, embeddings_BFD, linear_BF)
+        others = {"pairs": pairs_B, "deep": deep_B}
+        return others if first_B is None else {"first_order": first_B, **others}
+
     def parts(
         self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor]:

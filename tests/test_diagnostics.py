@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import models
 from tests.command_line import call
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training import Outcome, train_all
@@ -94,6 +95,32 @@ def test_dead_units_are_counted_exactly(watched: tuple[HandMade, dict[str, float
     assert values["diagnostics/dead_units/mlp.1"] == 0.5
 
 
+class Sum(models.CTRModel):
+    """Two terms that are what they are told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
+        return dense_BN[:, 0] * self.weight + linear_BF[:, 0]
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        return {"dense": dense_BN[:, 0] * self.weight, "linear": linear_BF[:, 0]}
+
+
+def test_a_terms_share_is_of_mean_absolute_values() -> None:
+    model = Sum()
+    diagnostics = Diagnostics(model)
+    diagnostics.start()
+    model(torch.tensor([[1.0], [-3.0]]), torch.zeros(2, 0, 0), torch.tensor([[5.0], [-7.0]]))
+    values = diagnostics.values()
+    assert model.training
+    assert values["diagnostics/share/dense"] == pytest.approx(4 / 16)
+    assert values["diagnostics/share/linear"] == pytest.approx(12 / 16)
+    assert "of the logit: dense 25.0%, linear 75.0%" in table_of(values)
+
+
 # Runs
 
 
@@ -123,7 +150,11 @@ def test_a_run_is_the_same_to_the_last_bit_with_diagnostics_and_two_ranks_see_wh
         assert without.digests == with_.digests
         assert seen(without.output) == [{}, {}]
     one, two = (seen(both[ranks][1].output) for ranks in (1, 2))
-    assert {"diagnostics/gradient_norm/mlp", "diagnostics/dead_units/mlp.mlp.1"} <= one[0].keys()
+    assert {
+        "diagnostics/share/first_order",
+        "diagnostics/gradient_norm/mlp",
+        "diagnostics/dead_units/mlp.mlp.1",
+    } <= one[0].keys()
     for first, second in zip(one, two, strict=True):
         assert second == pytest.approx(first, rel=1e-4)
         assert all(value > 0 for key, value in first.items() if "gradient_norm" in key)

@@ -141,6 +141,15 @@ def test_layer_norm_is_of_each_row_before_its_activation():
 
 
 @variants
+def test_the_terms_of_a_logit_add_up_to_it(kind, options):
+    torch.manual_seed(0)
+    model, batch = make(kind, options).eval(), inputs(5)
+    terms = model.terms(*batch)
+    assert all(term.shape == (5,) for term in terms.values())
+    torch.testing.assert_close(sum(terms.values()), model(*batch))
+
+
+@variants
 def test_every_normalization_is_one_that_can_be_synchronized(kind, options):
     norms = [module for module in make(kind, options).modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     assert all(isinstance(norm, BatchNorm) for norm in norms)
