@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models import options
 from models.blocks import INITS, MLP, Activation, Init, Logit, initialize
+from models.dropout import Dropout
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
 
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.residual: nn.Module | None = None
         if use_residual and width != heads * head_dim:
             self.residual = nn.Linear(width, heads * head_dim, bias=False)
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
         self.layer_norm = nn.LayerNorm(heads * head_dim) if norm else None
 
     def forward(self, e_BME: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import options
+from models.dropout import Dropout
 from models.fields import lie_apart, linear_of_fields
 from models.norm import BatchNorm
 
@@ -35,6 +36,9 @@ class MLPOptions(TypedDict, total=False):
 
     batch_norm: bool
     """Whether to normalize over the global batch between each hidden layer and its activation; default false."""
+
+    layer_norm: bool
+    """Whether to normalize each row over its units there (Ba et al. 2016), instead; default false."""
 
     init: Init
     """How the layers' weights start; default torch's own. The others start biases at zero."""
@@ -87,7 +91,7 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """Hidden layers ``Linear -> BatchNorm -> activation -> Dropout`` and, if ``logit``, an output layer to one logit.
+    """Hidden layers ``Linear -> norm -> activation -> Dropout`` and, if ``logit``, an output layer to one logit.
 
     What is off (``batch_norm=False``, ``dropout=0``) adds no module, so with ReLU the layers are ``mlp.0``,
     ``mlp.2``, ... and the output layer comes last in the same sequence. For the options see ``MLPOptions``.
@@ -105,6 +109,7 @@ class MLP(nn.Module):
         activation: Activation = "relu",
         dropout: float = 0.0,
         batch_norm: bool = False,
+        layer_norm: bool = False,
         init: Init = "torch",
     ) -> None:
         super().__init__()
@@ -114,14 +119,18 @@ class MLP(nn.Module):
         options.one_of("activation", activation, get_args(Activation))
         options.fraction("dropout", dropout)
         options.switch("batch_norm", batch_norm)
+        options.switch("layer_norm", layer_norm)
+        if batch_norm and layer_norm:
+            raise ValueError("model options batch_norm and layer_norm are both true; normalize one way")
         options.one_of("init", init, get_args(Init))
         layers: list[nn.Module] = []
         widths = [in_features, *hidden]
         for width_in, width_out in itertools.pairwise(widths):
             layers.append(nn.Linear(width_in, width_out))
             layers += [BatchNorm(width_out)] if batch_norm else []
+            layers += [nn.LayerNorm(width_out)] if layer_norm else []
             layers.append(ACTIVATIONS[activation](width_out))
-            layers += [nn.Dropout(dropout)] if dropout else []
+            layers += [Dropout(dropout)] if dropout else []
         layers += [Logit(widths[-1])] if logit else []
         self.mlp = nn.Sequential(*layers)
         self.out_features = 1 if logit else widths[-1]

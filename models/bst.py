@@ -13,6 +13,7 @@ from torch.nn.functional import leaky_relu, scaled_dot_product_attention
 
 from models import options
 from models.blocks import MLP, MLPOptions
+from models.dropout import Dropout
 from models.model import Field, Sequences
 from models.sequences import SequenceModel
 
@@ -31,7 +32,7 @@ class Block(nn.Module):
         self.inner = nn.Linear(width, 4 * width)
         self.outer = nn.Linear(4 * width, width)
         self.outer_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.attention_dropout, self.outer_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, asking_BQW: Tensor, rows_BTW: Tensor, present_BT: Tensor) -> Tensor:
         """Return what ``asking_BQW`` find in the rows that are there, shape [B, Q, W]."""
@@ -39,9 +40,9 @@ class Block(nn.Module):
         query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in asked)
         found = scaled_dot_product_attention(query, key, value, attn_mask=present_BT[:, None, None, :])
         found_BQW = self.found(found.transpose(1, 2).flatten(2))
-        own_BQW = self.attention_norm(asking_BQW + self.dropout(found_BQW))
+        own_BQW = self.attention_norm(asking_BQW + self.attention_dropout(found_BQW))
         more_BQW = self.outer(leaky_relu(self.inner(own_BQW)))
-        out_BQW: Tensor = self.outer_norm(own_BQW + self.dropout(more_BQW))
+        out_BQW: Tensor = self.outer_norm(own_BQW + self.outer_dropout(more_BQW))
         return out_BQW
 
 

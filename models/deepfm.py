@@ -67,7 +67,7 @@ class DeepFM(CTRModel):
         if combine == "two_towers":
             units = [8] if combine_hidden is None else combine_hidden
             options.widths("combine_hidden", units)
-            shared: MLPOptions = {**mlp, "hidden": units, "dropout": 0.0, "batch_norm": False}
+            shared: MLPOptions = {**mlp, "hidden": units, "dropout": 0.0, "batch_norm": False, "layer_norm": False}
             self.combined = MLP(2, logit=True, **shared)
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
@@ -79,6 +79,14 @@ class DeepFM(CTRModel):
             return combined_B
         logits_B = pairs_B + deep_B
         return logits_B if first_B is None else first_B + logits_B
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return first-order term, if any, pairs, and deep part, shape [B] each; one term where they are combined."""
+        if self.combined is not None:
+            return super().terms(dense_BN, embeddings_BFD, linear_BF)
+        first_B, pairs_B, deep_B = self.parts(dense_BN, embeddings_BFD, linear_BF)
+        others = {"pairs": pairs_B, "deep": deep_B}
+        return others if first_B is None else {"first_order": first_B, **others}
 
     def parts(
         self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor

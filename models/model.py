@@ -64,3 +64,7 @@ class CTRModel(nn.Module):
         ``Sequences``, and may return a ``WithLoss``.
         """
         raise NotImplementedError
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return by name the terms whose sum is ``forward``, for those who ask which part says what; often one."""
+        return {"logit": self(dense_BN, embeddings_BFD, linear_BF)}

@@ -39,6 +39,11 @@ class WideDeep(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
+        wide_B, deep_B = self.terms(dense_BN, embeddings_BFD, linear_BF).values()
+        return wide_B + deep_B
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return the wide part and the deep one, shape [B] each."""
         wide_B: Tensor = self.linear(dense_BN, embeddings_BFD, linear_BF)
         deep_B: Tensor = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
-        return wide_B + deep_B
+        return {"wide": wide_B, "deep": deep_B}

@@ -150,6 +150,12 @@ class XDeepFM(CTRModel):
         logits_B: Tensor = self.cin(embeddings_BFD) + deep_B
         return logits_B if self.linear is None else self.linear(dense_BN, embeddings_BFD, linear_BF) + logits_B
 
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return the CIN, the deep part and the first-order term, if any, shape [B] each."""
+        deep_B = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
+        terms = {"cin": self.cin(embeddings_BFD), "deep": deep_B}
+        return terms if self.linear is None else {**terms, "linear": self.linear(dense_BN, embeddings_BFD, linear_BF)}
+
 
 def check_maps(cin: Sequence[int], *, split_half: bool) -> None:
     """Raise ValueError unless ``cin`` is a list of layer sizes, one at least, that can be halved where they must be."""

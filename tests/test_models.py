@@ -124,6 +124,31 @@ def test_what_is_off_adds_no_module_and_what_is_on_keeps_its_order():
     assert [type(module).__name__ for module in bare] == ["Linear", "ReLU", "Logit"]
 
 
+def test_layer_norm_is_of_each_row_before_its_activation():
+    model = make("dnn", {"hidden": [5], "layer_norm": True, "dropout": 0.5}).mlp.eval()
+    assert [type(module).__name__ for module in model.mlp] == ["Linear", "LayerNorm", "ReLU", "Dropout", "Logit"]
+    first, norm, *_, last = model.mlp
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+        norm.bias.uniform_(-1, 1)
+    x = torch.randn(6, first.in_features)
+    expected = []
+    for row in first(x):
+        centred = row - row.mean()
+        normed = centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+        expected.append(last.weight[0] @ normed.clamp(min=0) + last.bias[0])
+    torch.testing.assert_close(model(x), torch.stack(expected))
+
+
+@variants
+def test_the_terms_of_a_logit_add_up_to_it(kind, options):
+    torch.manual_seed(0)
+    model, batch = make(kind, options).eval(), inputs(5)
+    terms = model.terms(*batch)
+    assert all(term.shape == (5,) for term in terms.values())
+    torch.testing.assert_close(sum(terms.values()), model(*batch))
+
+
 @variants
 def test_every_normalization_is_one_that_can_be_synchronized(kind, options):
     norms = [module for module in make(kind, options).modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
@@ -158,6 +183,7 @@ def test_evaluation_scores_each_row_alone(kind, options):
 
 @variants
 def test_inputs_that_a_model_says_it_does_not_use_do_not_matter(kind, options):
+    torch.manual_seed(0)  # of some models all few units may be dead
     model, (dense, embeddings, linear) = make(kind, options).eval(), inputs(5)
     logits = model(dense, embeddings, linear)
     uses_linear = models.linear_source(kind, options) == "table"
@@ -238,6 +264,8 @@ def test_models_learn_a_cross_of_two_fields():
         ("dnn", DEEP | {"dropout": "0.1"}, "dropout='0.1' must be a number"),
         ("dnn", DEEP | {"dropout": float("nan")}, "dropout=nan must be a number"),
         ("dnn", DEEP | {"batch_norm": 1}, "batch_norm=1 must be true or false"),
+        ("dnn", DEEP | {"layer_norm": 1}, "layer_norm=1 must be true or false"),
+        ("dnn", DEEP | {"batch_norm": True, "layer_norm": True}, "batch_norm and layer_norm are both true"),
         ("deepfm", DEEP | {"linear": "tabel"}, "model option linear: 'tabel'; did you mean 'table'"),
         ("fm", {"linear": "none"}, "model option linear: 'none'; .*There are: table, projection$"),
         ("lr", {"linear": "projection"}, "model option linear: 'projection'; There are: table$"),

@@ -70,3 +70,6 @@ class ReportConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events under the output's ``tensorboard`` folder."""
+
+    diagnostics: bool = False
+    """Report gradients, weights, changes and dead units of each part of the model; see docs/diagnostics.md."""

@@ -23,6 +23,7 @@ from trainer.lock import only_run
 from trainer.plots import GROWTH, draw_growth
 from trainer.predict import check_output, kept_schema, prediction_names
 from trainer.predict import predict as write_predictions
+from trainer.recipe import CrossConfig
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, check_machine, check_same_files, load_state, open_inputs, start
 from trainer.schema import Columns, check_columns
@@ -285,7 +286,8 @@ def columns_of(manifest: manifests.Manifest) -> Columns:
     """The columns that the checkpoint's run reads."""
     saved = dict(manifest.data["columns"])
     lists = {name: tuple(saved.get(name, ())) for name in ("sparse", "dense", "other_labels")}
-    return Columns(**saved | lists)
+    crosses = tuple(build(CrossConfig, cross) for cross in saved.get("crosses", ()))
+    return Columns(**saved | lists | {"crosses": crosses})
 
 
 def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:

@@ -13,7 +13,15 @@ from typing import Any, Literal
 from trainer.boundary import CheckpointConfig, EvaluationConfig, ReportConfig
 from trainer.guard import PreemptionConfig, WatchdogConfig
 from trainer.location import refuse_secrets
-from trainer.recipe import DenseOptimizerConfig, InitConfig, LossConfig, PrecisionConfig, SparseOptimizerConfig, require
+from trainer.recipe import (
+    CrossConfig,
+    DenseOptimizerConfig,
+    InitConfig,
+    LossConfig,
+    PrecisionConfig,
+    SparseOptimizerConfig,
+    require,
+)
 
 ShardingType = Literal[
     "data_parallel",
@@ -220,6 +228,9 @@ class DataConfig:
     transforms: tuple[TransformConfig, ...] = ()
     """Rules for dense columns; a column that no rule matches is taken as it is, and a null in it is an error."""
 
+    crosses: tuple[CrossConfig, ...] = ()
+    """Features made of others, for tables to name; of lists every combination of a row's ids."""
+
     timestamp: str = ""
     """Integer (seconds) or timestamp column: the clock of ``expire_unit = "seconds"``; empty for none."""
 
@@ -251,6 +262,9 @@ class DataConfig:
                 refuse_secrets(pattern, name)
         require(bool(self.labels), "labels is empty, expected at least one column of 0 and 1")
         require(len(set(self.labels)) == len(self.labels), f"labels is {list(self.labels)}, expected each column once")
+        names = [cross.name for cross in self.crosses]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"crosses: two have the name {', '.join(twice)}; rename one")
         require(1 <= self.streams <= 1 << 16, f"streams is {self.streams}, expected 1 to 2**16")
         require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
         require(self.prefetch_batches >= 1, f"prefetch_batches is {self.prefetch_batches}, expected 1 or more")

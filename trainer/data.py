@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.columns import Ids, dense_of, ids_of, labels_of, probabilities_of, seconds_of, users_of, weights_of
+from trainer.columns import Ids, Place, dense_of, ids_of, labels_of, probabilities_of, seconds_of, users_of, weights_of
 from trainer.config import DataConfig
+from trainer.crosses import crossed
 from trainer.dataset import Dataset, RowGroupReader
 from trainer.errors import DataError
 from trainer.order import EpochOrder, Spans, streams_of
@@ -141,7 +143,7 @@ class _Decoder:
         user, probability, time, weight = columns.user, columns.probability, columns.timestamp, columns.weight
         labels = [labels_of(table.column(name), name, place, self.missing) for name in columns.labels]
         return _Rows(
-            sparse=tuple(ids_of(table.column(name), name, place) for name in columns.sparse),
+            sparse=_sparse(table, columns, place),
             dense=dense,
             labels=_labels(labels, group.rows),
             weights=weights_of(table.column(weight), weight, place) if weight else None,
@@ -157,6 +159,14 @@ def _labels(labels: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.floa
     if not labels:
         return np.zeros(rows, np.float32)
     return labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
+
+
+def _sparse(table: pa.Table, columns: Columns, place: Place) -> tuple[Ids, ...]:
+    """The ids of every feature, those of crossed columns made of the others."""
+    ids = {name: ids_of(table.column(name), name, place) for name in columns.ids}
+    for cross in columns.crosses:
+        ids[cross.name] = crossed([ids[name] for name in cross.features], cross.name, place)
+    return tuple(ids[name] for name in columns.sparse)
 
 
 class _Stream:

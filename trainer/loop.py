@@ -14,6 +14,7 @@ from trainer.batch import Batch
 from trainer.by_label import LabelSums, deciding_metric
 from trainer.config import RunConfig
 from trainer.data import read_batches, spans_of, steps_per_epoch
+from trainer.diagnostics import Diagnostics, table_of, without_gradient
 from trainer.ending import resume_with
 from trainer.errors import CheckpointError
 from trainer.evaluation import score
@@ -97,6 +98,7 @@ class _Session:
         self.interrupted = False
         self._saved = run.cursor if run.is_saved else None
         """Where the newest checkpoint goes on."""
+        self._diagnostics = Diagnostics(run.state.interaction) if run.config.report.diagnostics else None
         self._saver = Saver(run.state, run.checkpoints, run.config)
         self._scale_rates()
 
@@ -173,6 +175,8 @@ class _Session:
         run, first = self._run, self.step
         sums, growths = LabelSums(run.config, run.state.world.device), Growths()
         rates = run.state.optimizer.learning_rates()
+        if self._diagnostics is not None:
+            self._diagnostics.start()
         started = time.perf_counter()
         feed.segment(length)
         while self.step < first + length and not feed.ended:
@@ -185,6 +189,8 @@ class _Session:
         seconds = time.perf_counter() - started
         values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
         values["rows_per_second"] = sums.rows / seconds
+        if self._diagnostics is not None:
+            values |= self._diagnostics.values()
         return values | totals | growths.values() | {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
     def _until_pause(self, batches: Iterator[Batch], sums: LabelSums, report: Report) -> None:
@@ -236,6 +242,10 @@ class _Session:
             values |= self._validate()
         if values:
             report.say(segment_line(self.step, self.total_steps, values))
+            if self._diagnostics is not None:
+                report.say(table_of(values))
+                for part in without_gradient(values):
+                    report.say(f"WARNING: part {part} got no gradient in the last step of this segment")
             with self._run.state.world.together():
                 report.record(self.step, values)
         every = self._run.config.checkpoint.every_steps

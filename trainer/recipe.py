@@ -19,6 +19,23 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CrossConfig:
+    """A feature made of others: its ids are combinations of theirs."""
+
+    name: str
+    """What tables call it in their ``features``, as if it were a column."""
+
+    features: tuple[str, ...]
+    """Sparse columns, in an order that counts: a x b has other ids than b x a."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name is empty, expected what tables call the crossed column")
+        require(len(self.features) >= 2, f"features is {list(self.features)}, expected two columns or more")
+        twice = len(set(self.features)) < len(self.features)
+        require(not twice, f"features is {list(self.features)}, expected each column once")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
     """How a learning rate moves: a linear warm-up, then a decay."""
 

@@ -45,6 +45,7 @@ _MUST_MATCH = (
     "data.weight",
     "data.dense",
     "data.transforms",
+    "data.crosses",
     "data.global_batch_size",
     "data.streams",
     "data.shuffle",
@@ -56,6 +57,7 @@ _WHERE_ABSENT = {
     "loss": {**dataclasses.asdict(LossConfig()), "task_weights": []},
     "data.missing_labels": "error",
     "data.weight": "",
+    "data.crosses": [],
 }
 """What a checkpoint was made with whose run description lacks these keys."""
 

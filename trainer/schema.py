@@ -27,6 +27,7 @@ from trainer.columns import (
 from trainer.config import DataConfig, TableConfig, TransformConfig
 from trainer.dataset import DataFile, Dataset, RowGroupReader
 from trainer.errors import DataError
+from trainer.recipe import CrossConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,24 @@ class Columns:
         """All labels, in the order of the model's tasks."""
         return (self.label, *self.other_labels) if self.label else ()
 
+    crosses: tuple[CrossConfig, ...] = ()
+    """Those of ``sparse`` that are made of columns; an id column need not be in ``sparse`` for that."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The columns of ids to read, each once: in the place of a crossed one those that it is made of."""
+        made = {cross.name: cross.features for cross in self.crosses}
+        return tuple(dict.fromkeys(column for name in self.sparse for column in made.get(name, (name,))))
+
     @property
     def names(self) -> tuple[str, ...]:
         """All columns to read, each once."""
-        every = (*self.sparse, *self.dense, *self.labels, self.user, self.probability, self.timestamp, self.weight)
+        every = (*self.ids, *self.dense, *self.labels, self.user, self.probability, self.timestamp, self.weight)
         return tuple(dict.fromkeys(name for name in every if name))
 
     def inputs(self) -> Columns:
         """Those that a prediction needs."""
-        return Columns(self.sparse, self.dense, label="")
+        return Columns(self.sparse, self.dense, label="", crosses=self.crosses)
 
 
 def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Dataset, *others: Dataset) -> Columns:
@@ -80,9 +90,15 @@ def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Da
     """
     file = dataset.files[0]
     known = file.schema.names
-    features = [_expand(table.features, known, f"table {table.name!r}: features") for table in tables]
+    crosses = {cross.name: cross for cross in data.crosses}
+    _check_crosses(data.crosses, known, file)
+    features = [_expand(table.features, [*known, *crosses], f"table {table.name!r}: features") for table in tables]
+    sparse = tuple(dict.fromkeys(name for names in features for name in names))
+    for table, names in zip(tables, features, strict=True):
+        _refuse_crosses_as_rows(table, [name for name in names if name in crosses])
     columns = Columns(
-        sparse=tuple(dict.fromkeys(name for names in features for name in names)),
+        sparse=sparse,
+        crosses=tuple(cross for name, cross in crosses.items() if name in sparse),
         dense=_expand(data.dense, known, "data.dense"),
         label=_named(data.labels[0], known, "data.labels", file),
         other_labels=tuple(_named(name, known, "data.labels", file) for name in data.labels[1:]),
@@ -243,12 +259,29 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _refuse_leaks(columns: Columns) -> None:
     for what, name in (*(("label", label) for label in columns.labels), ("probability", columns.probability)):
-        for key, inputs in (("features", columns.sparse), ("data.dense", columns.dense)):
+        for key, inputs in (("features", columns.ids), ("data.dense", columns.dense)):
             if name and name in inputs:
                 raise DataError(
                     f"{key}: {name!r} is the {what} column and cannot be an input as well; "
                     "use a pattern that leaves it out"
                 )
+
+
+def _check_crosses(crosses: Sequence[CrossConfig], known: Sequence[str], file: DataFile) -> None:
+    for cross in crosses:
+        where = f"data.crosses: {cross.name!r}"
+        if cross.name in known:
+            raise DataError(f"{where} is a column of {file.path} as well; give the crossed column another name")
+        for name in cross.features:
+            _named(name, known, where, file)
+
+
+def _refuse_crosses_as_rows(table: TableConfig, crosses: Sequence[str]) -> None:
+    if table.ids == "identity" and crosses:
+        raise DataError(
+            f"table {table.name!r}: {crosses[0]!r} is a crossed column, whose ids are any 64 bits and no row numbers; "
+            "use ids = 'hashed' or 'exact'"
+        )
 
 
 def _check_types(columns: Columns, file: DataFile) -> None:
@@ -258,7 +291,7 @@ def _check_types(columns: Columns, file: DataFile) -> None:
     for name in columns.names:
         if len(file.schema.get_all_field_indices(name)) != 1:
             raise DataError(f"{file.path}: there are several columns {name!r}; rename all but one")
-    for name in columns.sparse:
+    for name in columns.ids:
         check_sparse_type(name, kind(name), file.path)
     for name in columns.dense:
         check_number_type(name, kind(name), file.path, "dense")

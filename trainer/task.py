@@ -10,15 +10,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
+from models.dropout import Dropout
 from models.model import WithLoss
 from trainer.batch import Bags, Batch
 from trainer.losses import LogVariances, StepLoss
+from trainer.order import mix64
 from trainer.pooling import pool
 from trainer.recipe import LossConfig
 from trainer.sequences import padded
@@ -120,7 +124,7 @@ class Head(nn.Module):
         self._seed = seed
         self._loss = StepLoss(loss or LossConfig(), world_size)
         self._dense = dense
-        self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        self._dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
         self._sources: dict[str, list[_Source]] = {}
         """By collection."""
         self.find_sources(physical)
@@ -140,8 +144,8 @@ class Head(nn.Module):
         ``looked_up``: the batch's distinct rows of each collection. Loss: see ``StepLoss``; of rows of several labels
         it is computed in training only, as they need not have them to be predicted.
         """
-        if self._draws and self.training:
-            self._seed_dropout(batch)
+        if self._dropouts and self.training:
+            self._key_dropout(batch)
         rows = batch.num_rows
         columns: dict[str, Tensor] = {}
         sequences: dict[str, tuple[Tensor, Bags]] = {}
@@ -182,10 +186,25 @@ class Head(nn.Module):
             return batch.dense.new_zeros(batch.num_rows, 0, 0)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
-    def _seed_dropout(self, batch: Batch) -> None:
-        """Masks are a function of (seed, place in the data), so that a resumed run draws the same."""
-        first = int(batch.raw.row_numbers[0]) + 1 if batch.num_rows else 0
-        torch.manual_seed(hash((self._seed, batch.cursor.epoch, batch.cursor.step, first)) & (2**63 - 1))
+    def _key_dropout(self, batch: Batch) -> None:
+        """Masks are a function of (seed, epoch, row of the data): neither of ranks, nor of where a run was resumed."""
+        cursor = batch.cursor
+        epoch = cursor.epoch if cursor.step else cursor.epoch - 1  # the cursor is the next batch's
+        keys = torch.from_numpy(row_keys(self._seed, epoch, batch.raw.row_numbers[: batch.num_rows]))
+        keys_B = keys.to(batch.dense.device, non_blocking=True)
+        for number, module in enumerate(self._dropouts):
+            module.set_keys(keys_B, number)
+
+
+def row_keys(seed: int, epoch: int, row_numbers: NDArray[np.int64]) -> NDArray[np.int32]:
+    """A well mixed word for each row of the data in an epoch, int32 [B].
+
+    >>> row_keys(0, 0, np.array([5, 3])).tolist() == [*row_keys(0, 0, np.array([5])), *row_keys(0, 0, np.array([3]))]
+    True
+    """
+    salt = mix64(mix64(np.array([seed & (1 << 64) - 1], dtype=np.uint64)) ^ np.uint64(epoch))
+    words = mix64(row_numbers.astype(np.int64, copy=False).view(np.uint64) ^ salt)
+    return (words >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
 def _read(sums_BFP: Tensor, bags: Bags, source: _Source, num_rows: int) -> dict[str, Tensor]:
