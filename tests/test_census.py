@@ -35,7 +35,9 @@ def rows(output: Path, split: str) -> list[dict[str, Any]]:
     return [row for path in sorted((output / split).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def test_the_real_rows_are_all_there_cell_for_cell_and_split_by_their_number(tmp_path: Path) -> None:
+def test_the_real_rows_are_all_there_split_by_their_number_and_those_of_validation_cell_for_cell(
+    tmp_path: Path,
+) -> None:
     source = real_data("census-income/census-income.test.gz")
     outcome = call("prepare", "census", source, tmp_path)
     assert outcome.code == 0, outcome.errors
@@ -47,14 +49,17 @@ def test_the_real_rows_are_all_there_cell_for_cell_and_split_by_their_number(tmp
         expected["train" if tenth < 7 else "validation" if tenth < 8 else "test"].append(cells)
     positive = dict.fromkeys(LABELS, 0)
     for split in SPLITS:
-        found = pq.read_table(tmp_path / split / "part-00000.parquet").to_pydict()
-        cells = {name: [row[name].strip() for row in expected[split]] for name in CELLS}
+        names = None if split == "validation" else [*LABELS]
+        found = pq.read_table(tmp_path / split / "part-00000.parquet", columns=names).to_pydict()
+        read = CELLS if names is None else ("income", "marital_status")
+        cells = {name: [row[name].strip() for row in expected[split]] for name in read}
         assert found["income_50k"] == [int(cell == "50000+.") for cell in cells["income"]]
         assert found["never_married"] == [int(cell == "Never married") for cell in cells["marital_status"]]
-        assert all(found[name] == list(map(int, cells[name])) for name in NUMBERS)
-        assert all(found[name] == [f"{name}={cell}" for cell in cells[name]] for name in CATEGORIES)
-        assert found["weight"] == list(map(float, cells["weight"]))
         positive = {name: positive[name] + sum(found[name]) for name in LABELS}
+        if split == "validation":
+            assert all(found[name] == list(map(int, cells[name])) for name in NUMBERS)
+            assert all(found[name] == [f"{name}={cell}" for cell in cells[name]] for name in CATEGORIES)
+            assert found["weight"] == list(map(float, cells["weight"]))
     assert {name: round(number / 99_762, 4) for name, number in positive.items()} == {
         "income_50k": 0.0620,
         "never_married": 0.4325,
