@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, idmap, limits, peers, reading, scaling, sequences, stall, throughput
+from benchmarks import accuracy, idmap, limits, multitask, peers, reading, scaling, sequences, stall, throughput
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -81,6 +81,11 @@ def predicting_well(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{accuracy.table_of(record)}"
 
 
+def of_several_labels(record: dict[str, Any]) -> str:
+    """The record of multitask.py."""
+    return f"{_origin(record)}\n\n{multitask.table_of(record)}"
+
+
 def attending(record: dict[str, Any]) -> str:
     """The record of sequences.py."""
     return f"{_origin(record)}\n\n{sequences.table_of(record)}"
@@ -99,6 +104,7 @@ def rendered(results: Path) -> str:
         "growth": growth,
         "idmap": identity_map,
         "limits": floor,
+        "multitask": of_several_labels,
         "peers": beside_peers,
         "reading": ready_batches,
         "scaling": larger,

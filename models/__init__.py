@@ -21,6 +21,7 @@ from models.fm import FM
 from models.fnn import FNN
 from models.linear import LR
 from models.model import CTRModel, Field, LinearSource, Sequences, WithLoss
+from models.multitask import ESMM, PLE, MMoE, SharedBottom
 from models.options import one_of, unknown
 from models.pnn import PNN
 from models.wide_deep import WideDeep
@@ -56,6 +57,10 @@ MODELS: dict[str, type[CTRModel]] = {
     "fnn": FNN,
     "autoint": AutoInt,
     "dlrm": DLRM,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "esmm": ESMM,
 }
 
 SIZES = ("num_dense", "num_fields", "dim", "fields", "linear_fields", "sequences", "tasks")

@@ -57,7 +57,7 @@ class CTRModel(nn.Module):
     """Sequences that have as many rows as each other wherever the model is used."""
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
-        """Return logits, float32 [B]. Not probabilities: the loss owns the sigmoid.
+        """Return logits, float32 [B], or [B, T] of T > 1 tasks. Not probabilities: the loss owns the sigmoid.
 
         dense_BN: float32 [B, N]. embeddings_BFD: float32 [B, F, D]. linear_BF: float32 [B, F1], looked up in 1-wide
         tables. A model ignores what it does not use. One whose constructor has ``sequences`` takes a fourth argument, a

@@ -31,6 +31,7 @@ class Item:
     """Whether no eviction can make room for it."""
 
     now: int = 0
+    label_weights: tuple[float, ...] = ()
 
 
 @dataclass

@@ -19,6 +19,7 @@ from benchmarks import (
     exact_ids,
     growth,
     limits,
+    multitask,
     peer_models,
     peers,
     record,
@@ -348,6 +349,27 @@ def test_every_model_of_the_public_table_has_a_run_description_that_the_trainer_
         run = load(accuracy.description_of(model))
         check_model(run)
         assert run.model["kind"] == model
+
+
+def test_multitask_runs_are_read_by_label_and_averaged_over_seeds() -> None:
+    for name, labels in multitask.RUNS.items():
+        run = load(multitask.description_of(name))
+        check_model(run)
+        assert run.data.labels == labels
+    one = multitask.by_label({"test_auc": 0.8, "test_logloss_nats": 0.5}, ("income_50k",))
+    assert one == {"income_50k": {"auc": 0.8, "logloss_nats": 0.5}}
+    results = [
+        {
+            f"test_{metric}/{label}": base + shift
+            for label in multitask.LABELS
+            for metric, base in (("auc", 0.6), ("logloss_nats", 0.3))
+        }
+        for shift in (0.0, 0.2)
+    ]
+    runs = [multitask.by_label(result, multitask.LABELS) for result in results]
+    *_, last = multitask.table_of({"multitask": [{"run": "mmoe", "runs": runs}]}).splitlines()
+    cells = [cell.strip() for cell in last.strip("|").split("|")]
+    assert cells == ["mmoe", "never_married", "2", "0.70000", "0.10000", "0.40000", "0.10000"]
 
 
 def test_plain_pytorch_has_the_same_parameters_as_the_trainers_run() -> None:

@@ -28,6 +28,7 @@ from trainer.columns import (
     probabilities_of,
     seconds_of,
     users_of,
+    weights_of,
 )
 from trainer.config import TransformConfig
 from trainer.errors import DataError
@@ -309,6 +310,25 @@ def test_a_label_that_is_null_or_nan_is_an_error() -> None:
         labels_of(column([1, None]), "y", PLACE)
     with pytest.raises(DataError, match=r"a.parquet row 100: column 'y' is nan"):
         labels_of(column([math.nan]), "y", PLACE)
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.bool_(), pa.float64(), pa.decimal128(5, 1)], ids=str)
+def test_a_label_that_may_be_missing_is_nan_where_it_is_and_checked_where_it_is_not(kind: pa.DataType) -> None:
+    labels = labels_of(column([1, None, 0], pa.int8()).cast(kind), "y", PLACE, "mask")
+    np.testing.assert_array_equal(labels, [1, math.nan, 0])
+    with pytest.raises(DataError, match=r"a.parquet row 101: label column 'y' is 2, expected 0 or 1"):
+        labels_of(column([None, 2], pa.int8()), "y", PLACE, "mask")
+
+
+def test_weights_are_numbers_of_0_or_more_within_float32() -> None:
+    assert weights_of(column([0, 3], pa.int8()), "w", PLACE).tolist() == [0.0, 3.0]
+    for wrong in (-0.5, 1e39):
+        with pytest.raises(DataError, match=rf"row 101: weight column 'w' is {re.escape(str(wrong))}, expected 0 or m"):
+            weights_of(column([1.0, wrong]), "w", PLACE)
+    with pytest.raises(DataError, match=r"row 101: weight column 'w' is null; drop the row or give it a weight"):
+        weights_of(column([1.0, None]), "w", PLACE)
+    with pytest.raises(DataError, match=r"row 100: column 'w' is inf, expected a finite number"):
+        weights_of(column([math.inf]), "w", PLACE)
 
 
 def test_users_are_ids_and_a_null_is_an_error() -> None:

@@ -20,7 +20,7 @@ from trainer.config import (
     to_plain,
 )
 from trainer.errors import ConfigError
-from trainer.recipe import InitConfig, SparseOptimizerConfig
+from trainer.recipe import InitConfig, LossConfig, SparseOptimizerConfig
 
 ROWWISE = SparseOptimizerConfig(kind="rowwise_adagrad")
 
@@ -91,8 +91,8 @@ TRANSFORM_MISTAKES: list[tuple[dict[str, Any], str]] = [
 
 DATA_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"train": ()}, "train is empty, expected at least one file or pattern"),
-    ({"labels": ()}, "labels has 0 entries, expected exactly one"),
-    ({"labels": ("click", "buy")}, "labels has 2 entries, expected exactly one"),
+    ({"labels": ()}, "labels is empty, expected at least one column of 0 and 1"),
+    ({"labels": ("click", "click")}, "labels is ['click', 'click'], expected each column once"),
     ({"streams": 0}, "streams is 0, expected 1 to 2**16"),
     ({"streams": 1 << 17}, f"streams is {1 << 17}, expected 1 to 2**16"),
     ({"global_batch_size": 1 << 25}, f"global_batch_size is {1 << 25}, expected at most {1 << 24}"),
@@ -141,6 +141,15 @@ RUN_MISTAKES = [
         "evaluation.metric is 'gauc', which needs data.user, the column of users",
     ),
     ({"evaluation": EvaluationConfig(patience=2)}, "evaluation.patience needs data.validation to be scored"),
+    (
+        {"loss": LossConfig(task_weights=(1.0, 2.0))},
+        "loss.task_weights has 2 entries, expected 1, one for each of data.labels",
+    ),
+    (
+        {"loss": LossConfig(task_weighting="uncertainty")},
+        "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
+    ),
+    ({"evaluation": EvaluationConfig(task="buy")}, "evaluation.task is 'buy', expected one of data.labels: click"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +155,37 @@ def same(one: RawBatch, other: RawBatch) -> bool:
     numbers = ("now", "num_rows", "global_rows", "cursor")
     equal = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
     return equal and all(getattr(one, name) == getattr(other, name) for name in numbers)
+
+
+def test_labels_of_several_tasks_their_gaps_and_weights_are_those_of_their_rows(tmp_path: Path) -> None:
+    rows = [{"f": n, "a": n % 2, "b": None if n % 3 == 0 else 1, "w": n / 4} for n in range(11)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=4)
+    dataset = open_dataset((str(tmp_path / "rows.parquet"),), "data.train")
+    config = DataConfig(
+        train=("x",), labels=("a", "b"), missing_labels="mask", weight="w", streams=2, global_batch_size=4
+    )
+    columns = resolve_columns(config, (TableConfig(name="t", features=("f",)),), dataset)
+    batches = read_batches(
+        dataset, columns, config, seed=3, rank=0, world_size=1, start=Cursor(0, 0), epochs=1, shuffle=True
+    )
+    seen: list[int] = []
+    for batch in batches:
+        own = [rows[number] for number in batch.row_numbers.tolist() if number >= 0]
+        padding = 4 - len(own)
+        seen += [row["f"] for row in own]
+        given = [[row["a"], math.nan if row["b"] is None else row["b"]] for row in own] + [[0, 0]] * padding
+        np.testing.assert_array_equal(batch.labels, np.array(given, np.float32))
+        assert batch.weights is not None
+        assert batch.weights.tolist() == [row["w"] for row in own] + [0.0] * padding
+        totals = [sum(row["w"] for row in own if row[name] is not None) for name in ("a", "b")]
+        assert batch.label_weights == tuple(totals)
+    assert sorted(seen) == list(range(11))
+    plain = dataclasses.replace(config, missing_labels="error", weight="", labels=("a",))
+    columns = resolve_columns(plain, (TableConfig(name="t", features=("f",)),), dataset)
+    first = next(
+        read_batches(dataset, columns, plain, seed=3, rank=0, world_size=1, start=Cursor(0, 0), epochs=1, shuffle=True)
+    )
+    assert (first.labels.shape, first.weights, first.label_weights) == ((4,), None, ())
 
 
 # ---------------------------------------------------------------- what is read

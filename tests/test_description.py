@@ -160,8 +160,8 @@ def test_a_file_that_is_not_toml_is_an_error_with_line_and_column(tmp_path: Path
         ),
         (
             lambda d: d.update(zzz=1),
-            "unknown key zzz; expected one of checkpoint, data, dense_optimizer, evaluation, max_steps, model, output, "
-            "precision, preemption, rename, report, seed, segment_steps, sharding, tables, watchdog",
+            "unknown key zzz; expected one of checkpoint, data, dense_optimizer, evaluation, loss, max_steps, model, "
+            "output, precision, preemption, rename, report, seed, segment_steps, sharding, tables, watchdog",
         ),
         (lambda d: d.pop("data"), "missing key data"),
         (lambda d: d["data"].pop("train"), "missing key data.train"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.batches import (
@@ -201,6 +202,26 @@ def test_what_ranks_have_to_agree_on_fits_in_64_bits_for_any_id() -> None:
     for learns in (True, False):
         for question in Mapper(spaces, ["f"], str, Exchange(0, 1), learns=learns).ask(raw):
             np.array([question.needed, question.ids_seen], dtype=np.int64)
+
+
+def test_weights_of_labels_are_added_up_over_ranks_as_the_floats_that_they_are() -> None:
+    own = ((0.1, 1e300), (2.5, -0.0), (1e-9, 3.0))
+
+    class Ranks(Exchange):
+        """Of three ranks, of which this one is the first."""
+
+        def gather(self, values: Sequence[int]) -> NDArray[np.int64]:
+            rows = [[*values[:-2], *np.array(each).view(np.int64).tolist()] for each in own]
+            return np.array(rows, dtype=np.int64)
+
+    questions = Mapper(in_use(id_space(name="h")), ["f"], str, Exchange(0, 1), learns=True).ask(raw_batch({"f": [[1]]}))
+    needs = agree(Ranks(0, 1), questions, 1, 7, own[0])
+    assert needs is not None
+    assert needs.label_weights == (0.1 + 2.5 + 1e-9, 1e300 - 0.0 + 3.0)
+    assert (needs.num_distinct, needs.seconds) == ([1], 7)
+    alone = agree(Exchange(0, 1), questions, 1, 7)
+    assert alone is not None
+    assert alone.label_weights == ()
 
 
 # ---------------------------------------------------------------- exact ids

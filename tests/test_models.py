@@ -46,12 +46,24 @@ VARIANTS = [
     ("deepfm", DEEP | {"deep_tables": ["a"], "combine": "two_towers", "activation": "silu"}),
     ("deepfm", DEEP | {"combine": "two_towers", "linear": "none", "activation": "silu", "combine_hidden": [5, 2]}),
 ]
+TASKS = ("click", "buy")
+TASK_VARIANTS = [
+    ("shared_bottom", DEEP | {"tower": [4]}),
+    ("mmoe", DEEP | {"experts": 3, "tower": [4], "batch_norm": True, "init": "xavier_normal"}),
+    ("mmoe", DEEP | {"experts": 2, "gate": [3], "dropout": 0.1}),
+    ("ple", DEEP | {"task_experts": 1, "shared_experts": 2}),
+    ("ple", DEEP | {"levels": 2, "task_experts": 2, "shared_experts": 1, "tower": [4], "gate": [3]}),
+    ("esmm", DEEP),
+]
+VARIANTS += TASK_VARIANTS
 NORMS = ("batch_norm", "batch_norm1", "batch_norm2")
 variants = pytest.mark.parametrize(("kind", "options"), VARIANTS)
 
 
 def make(kind: str, options: dict, num_dense: int = 2) -> models.CTRModel:
-    return models.build(kind, num_dense=num_dense, num_fields=4, dim=3, fields=FIELDS, linear_fields=FIELDS, **options)
+    tasks = TASKS if kind in {name for name, _ in TASK_VARIANTS} else TASKS[:1]
+    sizes = {"num_dense": num_dense, "num_fields": 4, "dim": 3, "tasks": tasks}
+    return models.build(kind, **sizes, fields=FIELDS, linear_fields=FIELDS, **options)
 
 
 def inputs(rows: int, num_dense: int = 2, num_linear: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +137,7 @@ def test_every_normalization_is_one_that_can_be_synchronized(kind, options):
 def test_any_number_of_rows_gives_every_parameter_a_finite_gradient(kind, options, num_dense, rows):
     model = make(kind, options, num_dense)
     logits = model(*inputs(rows, num_dense))
-    assert logits.shape == (rows,)
+    assert logits.shape == ((rows, 2) if (kind, options) in TASK_VARIANTS else (rows,))
     assert logits.dtype == torch.float32
     logits.sum().backward()
     for name, parameter in model.named_parameters():
@@ -141,7 +153,7 @@ def test_evaluation_scores_each_row_alone(kind, options):
     model.eval()
     alone = [model(*(tensor[row : row + 1] for tensor in batch)) for row in range(6)]
     torch.testing.assert_close(model(*batch), torch.cat(alone))
-    assert model(*(tensor[:0] for tensor in batch)).shape == (0,)
+    assert len(model(*(tensor[:0] for tensor in batch))) == 0
 
 
 @variants
@@ -252,6 +264,11 @@ def test_models_learn_a_cross_of_two_fields():
         ("autoint", {"linear": "tabel"}, "model option linear: 'tabel'; did you mean 'table'"),
         ("dlrm", DEEP | {"bottom": [0]}, r"bottom\[0\]=0 must be a whole number of at least 1"),
         ("dlrm", DEEP | {"bottom": 4}, "bottom=4 must be a list of layer widths"),
+        ("shared_bottom", DEEP | {"tower": 3}, "tower=3 must be a list of layer widths"),
+        ("mmoe", DEEP | {"experts": 0}, "experts=0 must be a whole number of at least 1"),
+        ("mmoe", DEEP | {"gate": [0]}, r"gate\[0\]=0 must be a whole number of at least 1"),
+        ("ple", DEEP | {"levels": 0}, "levels=0 must be a whole number of at least 1"),
+        ("ple", DEEP | {"shared_experts": 0}, "shared_experts=0 must be a whole number of at least 1"),
         ("xdeepfm", DEEP, "model kind 'xdeepfm' needs the option cin"),
         ("xdeepfm", DEEP | {"cin": []}, r"cin=\[\] leaves no layer; give feature maps per layer, such as"),
         ("xdeepfm", DEEP | {"cin": [4, 0]}, r"cin\[1\]=0 must be a whole number of at least 1"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trainer.errors import ConfigError
-from trainer.recipe import DenseOptimizerConfig, InitConfig, ScheduleConfig, SparseOptimizerConfig, require
+from trainer.recipe import DenseOptimizerConfig, InitConfig, LossConfig, ScheduleConfig, SparseOptimizerConfig, require
 
 SCHEDULE_MISTAKES = [
     ({"warmup_steps": -1}, "warmup_steps is -1, expected 0 or more"),
@@ -50,11 +50,25 @@ INIT_MISTAKES = [
     ({"scale": math.nan}, "scale is nan, expected 0 or more within float32"),
 ]
 
+LOSS_MISTAKES = [
+    ({"gamma": -1.0}, "gamma is -1.0, expected a number from 0 to 100"),
+    ({"gamma": math.inf}, "gamma is inf, expected a number from 0 to 100"),
+    ({"alpha": 1.0}, "alpha is 1.0, expected a number from 0 up to, but not including, 1"),
+    ({"positive_weight": 0.0}, "positive_weight is 0.0, expected a number above 0 within float32"),
+    ({"task_weights": (1.0, -1.0)}, "task_weights[1] is -1.0, expected a number above 0 within float32"),
+    ({"label_smoothing": 1.0}, "label_smoothing is 1.0, expected a number from 0 up to, but not including, 1"),
+    (
+        {"task_weights": (1.0,), "task_weighting": "uncertainty"},
+        "task_weights are of task_weighting = 'fixed', and 'uncertainty' learns its own; leave them out",
+    ),
+]
+
 MISTAKES = [
     *((ScheduleConfig, values, message) for values, message in SCHEDULE_MISTAKES),
     *((SparseOptimizerConfig, values, message) for values, message in OPTIMIZER_MISTAKES),
     *((DenseOptimizerConfig, values, message) for values, message in OPTIMIZER_MISTAKES + DENSE_MISTAKES),
     *((InitConfig, values, message) for values, message in INIT_MISTAKES),
+    *((LossConfig, values, message) for values, message in LOSS_MISTAKES),
 ]
 
 

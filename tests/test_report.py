@@ -231,6 +231,28 @@ def test_a_segment_is_a_line_about_training_and_one_about_validation_if_it_was_s
     assert segment_line(100, 250, values) == training
 
 
+def test_several_labels_are_a_line_each_and_rows_of_a_table_each() -> None:
+    values = {"rows_per_second": 12.0}
+    values |= {
+        f"{part}_{name}" + end: 0.5
+        for part in ("train", "validation")
+        for end in ("/a", "/b/c")
+        for name in ("auc", "rows")
+    }
+    assert segment_line(1, 2, values).split("\n") == [
+        "step 1/2  12 rows/s",
+        *(f"  {part} {label}  AUC 0.5000" for part in ("train", "validation") for label in ("a", "b/c")),
+    ]
+    metrics = {
+        "test_auc/a": 0.7,
+        "test_possible_auc/a": 0.8,
+        "test_rows/a": 5.0,
+        "test_auc/b": 0.6,
+        "test_unknown_ids": 1.0,
+    }
+    assert cells(final_table(metrics))[1:] == [["a AUC", "0.70000", "0.80000"], ["a rows", "5"], ["b AUC", "0.60000"]]
+
+
 def cells(table: str) -> list[list[str]]:
     lines = [line for line in table.splitlines() if not line.startswith("-")]
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]

@@ -13,6 +13,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from trainer.bag_kernels import find_readers, order_by_row
+from trainer.columns import offsets_of
+from trainer.idmap import Distinct
 from trainer.rows import Cursor, RawBatch
 
 
@@ -68,6 +71,39 @@ class Bags:
             part.record_stream(stream)
 
 
+def bags_of(lengths: NDArray[np.int32], distinct: Distinct, num_sequences: int) -> Bags:
+    """The bags of one id space, those of its S sequences of one id each.
+
+    ``lengths``: ids of each feature and row, int32 [F + S, B]; ``distinct`` has found them feature by feature.
+    """
+    pooled, of_sequences = np.split(lengths, [len(lengths) - num_sequences])
+    of_pooled = int(pooled.sum(dtype=np.int64))
+    places = np.empty(len(distinct.inverse), dtype=np.int32)
+    bounds = np.zeros(pooled.size + 1 + len(places) - of_pooled, dtype=np.int32)
+    _order(pooled, distinct, slice(of_pooled), places, bounds[: pooled.size + 1])
+    if num_sequences:
+        bounds[pooled.size :] = np.arange(of_pooled, len(places) + 1)
+        rest = slice(of_pooled, None)
+        _order(of_sequences, distinct, rest, places, np.empty(of_sequences.size + 1, dtype=np.int32))
+    readers, ends = np.empty_like(places), np.zeros(len(distinct.ids), dtype=np.int32)
+    np.cumsum(distinct.counts[:-1], out=ends[1:])
+    find_readers(places, bounds, ends, readers)
+    bags = Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
+    if not num_sequences:
+        return bags
+    by_row = torch.from_numpy(of_sequences.T.astype(np.int64))
+    return replace(bags, lengths=by_row, longest=int(of_sequences.max(initial=0)))
+
+
+def _order(
+    lengths: NDArray[np.int32], distinct: Distinct, part: slice, places: NDArray[np.int32], bounds: NDArray[np.int32]
+) -> None:
+    """Write ``part`` of the places, which stands feature by feature, by row; ``bounds``: where bags begin in it."""
+    if len(lengths):
+        indices, offsets = distinct.inverse[part], offsets_of(lengths.reshape(-1))
+        order_by_row(indices, offsets, len(lengths), len(distinct.ids), places[part], bounds)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch(Pipelineable):
     """One rank's part of a global batch: real rows first, then padding without ids."""
@@ -87,7 +123,7 @@ class Batch(Pipelineable):
     """New ids of exact spaces; stays on the host."""
 
     labels: Tensor
-    """float32 [b], 0 or 1."""
+    """float32 [b], or [b, T] of T > 1 labels: 0 or 1, or NaN where it is missing."""
 
     num_rows: int
     """Real rows on this rank."""
@@ -100,6 +136,13 @@ class Batch(Pipelineable):
 
     raw: RawBatch
     """The rows as they were read; stays on the host."""
+
+    weights: Tensor | None = None
+    """float32 [b]; None: all rows weigh 1."""
+
+    label_weights: tuple[float, ...] = ()
+    """For each label the weight of the rows over all ranks that have it: what its loss is divided by. Empty where that
+    is ``global_rows``."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``.
@@ -114,6 +157,7 @@ class Batch(Pipelineable):
             sparse={name: ids.to(device, non_blocking=non_blocking) for name, ids in source.sparse.items()},
             bags={name: bags.to(device, non_blocking=non_blocking) for name, bags in source.bags.items()},
             labels=source.labels.to(device, non_blocking=non_blocking),
+            weights=None if source.weights is None else source.weights.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Batch:
@@ -124,6 +168,7 @@ class Batch(Pipelineable):
             sparse={name: ids.pin_memory() for name, ids in self.sparse.items()},
             bags={name: bags.pin_memory() for name, bags in self.bags.items()},
             labels=self.labels.pin_memory(),
+            weights=None if self.weights is None else self.weights.pin_memory(),
         )
 
     def record_stream(self, stream: Any) -> None:
@@ -132,3 +177,5 @@ class Batch(Pipelineable):
         for part in (*self.sparse.values(), *self.bags.values()):
             part.record_stream(stream)
         self.labels.record_stream(stream)
+        if self.weights is not None:
+            self.weights.record_stream(stream)

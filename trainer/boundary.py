@@ -19,6 +19,9 @@ class EvaluationConfig:
     metric: Literal["auc", "gauc", "logloss_nats", "normalized_entropy"] = "auc"
     """What the best checkpoint and early stopping go by."""
 
+    task: str = ""
+    """The label whose metric that is; empty: the first of ``data.labels``."""
+
     patience: int = 0
     """Scorings without improvement after which training stops; 0 never stops early."""
 

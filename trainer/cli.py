@@ -239,7 +239,7 @@ def _add_sample_data(commands: Commands) -> None:
 
 def _add_prepare(commands: Commands) -> None:
     prepare = _command(commands, "prepare", "convert a public data set to Parquet files", _prepare)
-    prepare.add_argument("kind", choices=("criteo", "frappe", "beauty"), help="the format of the input")
+    prepare.add_argument("kind", choices=("beauty", "census", "criteo", "frappe"), help="the format of the input")
     prepare.add_argument("inputs", type=local, nargs="+", metavar="IN", help="files, plain or .gz")
     prepare.add_argument("output", type=local, metavar="OUT", help="gets train/, validation/ and test/")
     prepare.add_argument("--overwrite", action="store_true", help="replace the files that are there")
@@ -354,11 +354,12 @@ def _sample_data(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from trainer import behaviors
+    from trainer import behaviors, census
     from trainer.prepare import describe, prepare
 
-    if arguments.kind == "beauty":
-        report = behaviors.prepare(arguments.inputs, arguments.output, overwrite=arguments.overwrite)
+    if arguments.kind in ("beauty", "census"):
+        convert = {"beauty": behaviors.prepare, "census": census.prepare}[arguments.kind]
+        report = convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite)
     else:
         report = prepare(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
     _print(describe(report))

@@ -6,7 +6,7 @@ Knows types and values, and no files but the name and row that a message needs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -220,18 +220,35 @@ def dense_of(column: pa.ChunkedArray, name: str, place: Place, rule: TransformCo
     return narrow
 
 
-def labels_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.float32]:
-    """A label column as float32 [rows] of 0 and 1.
+def labels_of(
+    column: pa.ChunkedArray, name: str, place: Place, missing: Literal["error", "mask"] = "error"
+) -> NDArray[np.float32]:
+    """A label column as float32 [rows] of 0 and 1, and NaN for null if ``missing`` is ``mask``.
 
     Raises:
         DataError: a label is null or anything but 0 and 1; names the column, file, row and value.
     """
-    _refuse_null(column, name, place, "label", "drop the row or fill it with 0 or 1")
-    numbers, _ = numbers_of(column, name, place)
+    if missing == "error":
+        cure = 'drop the row, fill it with 0 or 1, or leave it out of the loss with data.missing_labels = "mask"'
+        _refuse_null(column, name, place, "label", cure)
+    numbers, valid = numbers_of(column, name, place)
     wrong = (numbers != 0) & (numbers != 1)
     if wrong.any():
         row = int(wrong.argmax())
         raise DataError(f"{place.at(row)}: label column {name!r} is {column[row].as_py()}, expected 0 or 1")
+    labels = numbers.astype(np.float32)
+    labels[~valid] = np.nan
+    return labels
+
+
+def weights_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.float32]:
+    """A column of row weights as float32 [rows], each finite and 0 or more."""
+    _refuse_null(column, name, place, "weight", "drop the row or give it a weight, such as 0")
+    numbers, _ = numbers_of(column, name, place)
+    wrong = (numbers < 0) | (numbers > np.finfo(np.float32).max)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise DataError(f"{place.at(row)}: weight column {name!r} is {numbers[row]}, expected 0 or more within float32")
     return numbers.astype(np.float32)
 
 

@@ -21,7 +21,7 @@ from trainer.guard import STACKS, Guard
 from trainer.location import Location, delete, locate, names_in, write_atomically
 from trainer.lock import only_run
 from trainer.plots import GROWTH, draw_growth
-from trainer.predict import check_output, kept_schema
+from trainer.predict import check_output, kept_schema, prediction_names
 from trainer.predict import predict as write_predictions
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
 from trainer.run import Run, check_machine, check_same_files, load_state, open_inputs, start
@@ -253,17 +253,18 @@ def _predict(
     with world.together():
         dataset = open_dataset(patterns, "--data")
         check_output(out, dataset, overwrite=overwrite)
-        kept = kept_schema(keep, dataset)
     check_same_files([dataset], world)
     path, manifest = checkpoint.find(path, world)
     config, columns = build(RunConfig, manifest.config), columns_of(manifest).inputs()
+    predicted = prediction_names(config.data.labels)
     with world.together():
+        kept = kept_schema(keep, dataset, predicted)
         check_columns(columns, dataset)
     rows = batch_size or config.data.global_batch_size
     data = dataclasses.replace(config.data, streams=1, global_batch_size=rows)
     state = load_state(path, manifest, config, len(columns.dense), world)
     with _bar("predicting", dataset, world) as tick:
-        write_predictions(state, dataset, columns, data, kept, out, tick)
+        write_predictions(state, dataset, columns, data, kept, out, tick, predicted)
     unknown = state.take_unknown()
     return f"{out}: {dataset.num_rows:,} rows by step {manifest.step}" + (
         f"; {unknown:,} ids unknown" if unknown else ""
@@ -283,7 +284,8 @@ def _bar(what: str, dataset: Dataset, world: World) -> Iterator[Callable[[int], 
 def columns_of(manifest: manifests.Manifest) -> Columns:
     """The columns that the checkpoint's run reads."""
     saved = dict(manifest.data["columns"])
-    return Columns(**saved | {"sparse": tuple(saved["sparse"]), "dense": tuple(saved["dense"])})
+    lists = {name: tuple(saved.get(name, ())) for name in ("sparse", "dense", "other_labels")}
+    return Columns(**saved | lists)
 
 
 def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trainer.boundary import CheckpointConfig, EvaluationConfig, ReportConfig
 from trainer.guard import PreemptionConfig, WatchdogConfig
 from trainer.location import refuse_secrets
-from trainer.recipe import DenseOptimizerConfig, InitConfig, PrecisionConfig, SparseOptimizerConfig, require
+from trainer.recipe import DenseOptimizerConfig, InitConfig, LossConfig, PrecisionConfig, SparseOptimizerConfig, require
 
 ShardingType = Literal[
     "data_parallel",
@@ -206,7 +206,13 @@ class DataConfig:
     """Parquet files scored once at the end, with the best checkpoint."""
 
     labels: tuple[str, ...] = ("click",)
-    """Columns of 0 and 1."""
+    """Columns of 0 and 1, one for each task of the model."""
+
+    missing_labels: Literal["error", "mask"] = "error"
+    """What a null label is: an error, or nothing in the loss and metrics of its task."""
+
+    weight: str = ""
+    """Column of finite weights, 0 or more, that rows have in loss and metrics; empty: all weigh 1."""
 
     dense: tuple[str, ...] = ()
     """Glob patterns over numeric columns."""
@@ -243,7 +249,8 @@ class DataConfig:
         for name in ("train", "validation", "test"):
             for pattern in getattr(self, name):
                 refuse_secrets(pattern, name)
-        require(len(self.labels) == 1, f"labels has {len(self.labels)} entries, expected exactly one")
+        require(bool(self.labels), "labels is empty, expected at least one column of 0 and 1")
+        require(len(set(self.labels)) == len(self.labels), f"labels is {list(self.labels)}, expected each column once")
         require(1 <= self.streams <= 1 << 16, f"streams is {self.streams}, expected 1 to 2**16")
         require(self.epochs >= 1, f"epochs is {self.epochs}, expected 1 or more")
         require(self.prefetch_batches >= 1, f"prefetch_batches is {self.prefetch_batches}, expected 1 or more")
@@ -306,6 +313,7 @@ class RunConfig:
     segment_steps: int = 100
     """Steps between safe points: report, grow tables, checkpoint, evaluate."""
 
+    loss: LossConfig = field(default_factory=LossConfig)
     dense_optimizer: DenseOptimizerConfig = field(default_factory=DenseOptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
@@ -346,6 +354,19 @@ class RunConfig:
             )
         if self.evaluation.patience:
             require(bool(self.data.validation), "evaluation.patience needs data.validation to be scored")
+        labels, weights, task = self.data.labels, self.loss.task_weights, self.evaluation.task
+        require(
+            len(weights) in (0, len(labels)),
+            f"loss.task_weights has {len(weights)} entries, expected {len(labels)}, one for each of data.labels",
+        )
+        require(
+            self.loss.task_weighting == "fixed" or len(labels) > 1,
+            "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
+        )
+        require(
+            not task or task in labels,
+            f"evaluation.task is {task!r}, expected one of data.labels: {', '.join(labels)}",
+        )
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

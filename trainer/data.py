@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.columns import Ids, dense_of, ids_of, labels_of, probabilities_of, seconds_of, users_of
+from trainer.columns import Ids, dense_of, ids_of, labels_of, probabilities_of, seconds_of, users_of, weights_of
 from trainer.config import DataConfig
 from trainer.dataset import Dataset, RowGroupReader
 from trainer.errors import DataError
@@ -80,6 +80,7 @@ class _Rows:
     sparse: tuple[Ids, ...]
     dense: NDArray[np.float32]
     labels: NDArray[np.float32]
+    weights: NDArray[np.float32] | None
     users: NDArray[np.int64] | None
     probability: NDArray[np.float64] | None
     seconds: NDArray[np.int64] | None
@@ -91,6 +92,7 @@ class _Rows:
             sparse=tuple(ids.take(rows) for ids in self.sparse),
             dense=self.dense[rows],
             labels=self.labels[rows],
+            weights=None if self.weights is None else self.weights[rows],
             users=None if self.users is None else self.users[rows],
             probability=None if self.probability is None else self.probability[rows],
             seconds=None if self.seconds is None else self.seconds[rows],
@@ -118,6 +120,7 @@ class _Decoder:
 
     def __init__(self, reader: RowGroupReader, dataset: Dataset, columns: Columns, config: DataConfig) -> None:
         self.columns = columns
+        self.missing = config.missing_labels
         self._reader, self._dataset = reader, dataset
         self._rules = [(name, rule_of(name, config)) for name in columns.dense]
         self._last: tuple[int, _Rows] | None = None
@@ -135,16 +138,25 @@ class _Decoder:
         dense = np.empty((group.rows, len(self._rules)), dtype=np.float32)
         for number, (name, rule) in enumerate(self._rules):
             dense[:, number] = dense_of(table.column(name), name, place, rule)
-        label, user, probability, time = columns.label, columns.user, columns.probability, columns.timestamp
+        user, probability, time, weight = columns.user, columns.probability, columns.timestamp, columns.weight
+        labels = [labels_of(table.column(name), name, place, self.missing) for name in columns.labels]
         return _Rows(
             sparse=tuple(ids_of(table.column(name), name, place) for name in columns.sparse),
             dense=dense,
-            labels=labels_of(table.column(label), label, place) if label else np.zeros(group.rows, np.float32),
+            labels=_labels(labels, group.rows),
+            weights=weights_of(table.column(weight), weight, place) if weight else None,
             users=users_of(table.column(user), user, place) if user else None,
             probability=probabilities_of(table.column(probability), probability, place) if probability else None,
             seconds=seconds_of(table.column(time), time, place) if time else None,
             row_numbers=np.arange(group.first_row, group.first_row + group.rows),
         )
+
+
+def _labels(labels: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32]:
+    """[rows] of one label, or zeros of none, or [rows, T] of several."""
+    if not labels:
+        return np.zeros(rows, np.float32)
+    return labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
 
 
 class _Stream:
@@ -182,26 +194,35 @@ def _epoch(order: EpochOrder, own: Sequence[int], first: int, epoch: int, decode
     for step in range(first, spans.steps):
         cuts = [cut for stream in streams for cut in stream.cuts(spans.rows_per_stream)]
         cursor = Cursor(epoch, step + 1) if step + 1 < spans.steps else Cursor(epoch + 1, 0)
-        yield _assembled(cuts, decoder.columns, size, spans.rows_in(step), cursor)
+        yield _assembled(cuts, decoder, size, spans.rows_in(step), cursor)
 
 
-def _assembled(cuts: Sequence[_Cut], columns: Columns, size: int, global_rows: int, cursor: Cursor) -> RawBatch:
+def _assembled(cuts: Sequence[_Cut], decoder: _Decoder, size: int, global_rows: int, cursor: Cursor) -> RawBatch:
     """The rows of ``cuts`` as one batch of ``size``, with padding at the end."""
+    columns = decoder.columns
     num_rows = sum(cut.end - cut.begin for cut in cuts)
     padding = size - num_rows
     ids, lengths = _joined_ids(cuts, len(columns.sparse), size)
-    users = probability = None
+    users = probability = weights = None
     if columns.user:
         known = [cut.of(cut.rows.users) for cut in cuts if cut.rows.users is not None]
         users = _joined(known, np.zeros(padding, dtype=np.int64))
     if columns.probability:
         given = [cut.of(cut.rows.probability) for cut in cuts if cut.rows.probability is not None]
         probability = _joined(given, np.zeros(padding))
+    if columns.weight:
+        weighed = [cut.of(cut.rows.weights) for cut in cuts if cut.rows.weights is not None]
+        weights = _joined(weighed, np.zeros(padding, dtype=np.float32))
+    shape = (padding, len(columns.labels)) if len(columns.labels) > 1 else (padding,)
+    labels = _joined([cut.of(cut.rows.labels) for cut in cuts], np.zeros(shape, dtype=np.float32))
+    counts = decoder.missing == "mask" or columns.weight
     return RawBatch(
         ids=ids,
         lengths=lengths,
         dense=_joined([cut.of(cut.rows.dense) for cut in cuts], np.zeros((padding, len(columns.dense)), np.float32)),
-        labels=_joined([cut.of(cut.rows.labels) for cut in cuts], np.zeros(padding, dtype=np.float32)),
+        labels=labels,
+        weights=weights,
+        label_weights=_label_weights(labels, weights, num_rows) if counts else (),
         users=users,
         probability=probability,
         row_numbers=_joined([cut.of(cut.rows.row_numbers) for cut in cuts], np.full(padding, -1)),
@@ -210,6 +231,15 @@ def _assembled(cuts: Sequence[_Cut], columns: Columns, size: int, global_rows: i
         global_rows=global_rows,
         cursor=cursor,
     )
+
+
+def _label_weights(
+    labels: NDArray[np.float32], weights: NDArray[np.float32] | None, num_rows: int
+) -> tuple[float, ...]:
+    """For each label the weight of the real rows that have it, added up in float64."""
+    present = ~np.isnan(labels.reshape(len(labels), -1)[:num_rows])
+    each = np.ones(num_rows) if weights is None else weights[:num_rows].astype(np.float64)
+    return tuple((present * each[:, None]).sum(axis=0).tolist())
 
 
 def _joined(parts: Sequence[NDArray[_Scalar]], padding: NDArray[_Scalar]) -> NDArray[_Scalar]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from trainer.by_label import LabelPredictions, counted, named
 from trainer.config import DataConfig
 from trainer.data import read_batches, steps_per_epoch
 from trainer.dataset import Dataset
@@ -36,18 +37,21 @@ def score(
     Empty if ``wants_stop``, which is asked before each batch, was true on a rank: then all ranks give up.
 
     Ids without a row read the cold row; ``{prefix}_unknown_ids`` counts their sightings. With a probability column,
-    also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the generating probability itself
-    reaches on these rows. ``tick(rows)`` is told of rows as they are done.
+    also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the generating probability itself (of
+    the first label) reaches on these rows. With several labels each metric's key ends in ``/LABEL``. ``tick(rows)`` is
+    told of rows as they are done.
 
     Raises:
         DataError: a row cannot be read. MetricError: the rows are all of one class.
     """
     device = state.world.device
-    scored = Predictions(device, with_users=bool(columns.user))
+    scored = LabelPredictions(
+        columns.labels, device, with_users=bool(columns.user), may_miss=data.missing_labels == "mask"
+    )
     possible = Predictions(device)
 
     def take(prediction: Prediction) -> None:
-        _add(scored, prediction, device, bool(columns.user))
+        scored.add(prediction)
         if columns.probability:
             _add_possible(possible, prediction, device)
         tick(prediction.batch.global_rows)
@@ -56,10 +60,11 @@ def score(
     unknown_ids = float(state.take_unknown())
     if not whole:
         return {}
-    report = evaluate_everywhere(scored, prefix)
+    report = scored.evaluate(prefix)
     if columns.probability:
         best = evaluate_everywhere(possible, prefix)
-        report |= {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
+        found = {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
+        report |= named(found, columns.label, columns.labels)
     return report | {f"{prefix}_unknown_ids": unknown_ids}
 
 
@@ -133,17 +138,9 @@ def _rows_once(
         exchange.close()
 
 
-def _add(scored: Predictions, prediction: Prediction, device: torch.device, with_users: bool) -> None:
-    rows = prediction.batch.num_rows
-    raw = prediction.batch.raw
-    users = torch.from_numpy(raw.users[:rows]).to(device) if with_users and raw.users is not None else None
-    labels = prediction.batch.labels[:rows]
-    scored.add(prediction.logits, labels, torch.ones_like(labels), users)
-
-
 def _add_possible(possible: Predictions, prediction: Prediction, device: torch.device) -> None:
     rows, raw = prediction.batch.num_rows, prediction.batch.raw
     if raw.probability is not None:
         logits = torch.logit(torch.from_numpy(raw.probability[:rows])).to(device)
-        labels = prediction.batch.labels[:rows]
-        possible.add(logits, labels, torch.ones_like(labels))
+        _, labels, weights, _ = counted(prediction, 0)
+        possible.add(logits, labels, weights)

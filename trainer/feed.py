@@ -146,7 +146,7 @@ class Feed:
             questions = self._mapper.ask(raw)
         except DataError as error:
             failure = error
-        needs = agree(self._exchange, questions, len(self._mapper.states), raw.now)
+        needs = agree(self._exchange, questions, len(self._mapper.states), raw.now, raw.label_weights)
         if needs is None or questions is None:
             raise self._first(failure)
         return questions, needs

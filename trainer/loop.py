@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from itertools import takewhile
 
-import torch
-
 from trainer import checkpoint
 from trainer import manifest as manifests
 from trainer.batch import Batch
+from trainer.by_label import LabelSums, deciding_metric
 from trainer.config import RunConfig
 from trainer.data import read_batches, spans_of, steps_per_epoch
 from trainer.ending import resume_with
@@ -24,7 +23,6 @@ from trainer.growth import CannotGrowError, grow
 from trainer.guard import Guard
 from trainer.location import locate
 from trainer.mapping import Mapper
-from trainer.metrics import ClickSums
 from trainer.occupancy import Growths, describe_growth, table_values
 from trainer.report import Report, progress_bar, segment_line
 from trainer.rows import RawBatch, steps_before
@@ -173,7 +171,7 @@ class _Session:
     def _segment(self, feed: Feed, length: int, report: Report) -> dict[str, float]:
         """Train ``length`` steps, fewer if the feed ends; returns what the segment reports, nothing of no steps."""
         run, first = self._run, self.step
-        sums, growths = ClickSums(run.state.world.device), Growths()
+        sums, growths = LabelSums(run.config, run.state.world.device), Growths()
         rates = run.state.optimizer.learning_rates()
         started = time.perf_counter()
         feed.segment(length)
@@ -181,16 +179,15 @@ class _Session:
             self._until_pause(feed.batches(first + length - self.step), sums, report)
             if feed.pause is not None:
                 feed.resume(evict=self._make_room(feed.pause, growths, report))
-        totals = sums.reduce()
-        if not totals.rows:
+        totals = sums.report("train")
+        if not sums.rows:
             return {}
         seconds = time.perf_counter() - started
         values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
-        values["rows_per_second"] = totals.rows / seconds
-        values |= totals.report("train")
-        return values | growths.values() | {f"learning_rate/{name}": rate for name, rate in rates.items()}
+        values["rows_per_second"] = sums.rows / seconds
+        return values | totals | growths.values() | {f"learning_rate/{name}": rate for name, rate in rates.items()}
 
-    def _until_pause(self, batches: Iterator[Batch], sums: ClickSums, report: Report) -> None:
+    def _until_pause(self, batches: Iterator[Batch], sums: LabelSums, report: Report) -> None:
         """Train all of ``batches``; then nothing is in flight."""
         state = self._run.state
         self._guard.step()
@@ -201,8 +198,7 @@ class _Session:
             except StopIteration:
                 self._guard.pause()
                 return
-            labels = prediction.batch.labels[: prediction.batch.num_rows]
-            sums.update(prediction.logits, labels, torch.ones_like(labels))
+            sums.update(prediction)
             self.cursor = prediction.batch.cursor
             self._guard.step()
             report.tick(prediction.batch.global_rows, sums.own_logloss_nats)
@@ -273,7 +269,7 @@ class _Session:
             wants_stop=guard.wants_stop,
         )
         if metrics:
-            self.evaluations.append((self.step, metrics[f"validation_{run.config.evaluation.metric}"]))
+            self.evaluations.append((self.step, metrics[deciding_metric(run.config, "validation")]))
             self._scale_rates()
         else:
             self.interrupted = True

@@ -7,7 +7,7 @@ A batch is mapped in two halves. ``ask`` learns what it needs (distinct ids to t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from trainer.bag_kernels import find_readers, order_by_row
-from trainer.batch import Bags, Batch, Fresh
-from trainer.columns import offsets_of
+from trainer.batch import Batch, Fresh, bags_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
 from trainer.idmap import Deduplicator, Distinct
@@ -102,21 +100,33 @@ class Needs:
     seconds: int
     """The latest ``data.timestamp`` of its rows."""
 
+    label_weights: tuple[float, ...] = ()
+    """For each label the weight of its rows that have it, added up in the order of the ranks; empty as in RawBatch."""
 
-def agree(exchange: Exchange, questions: Sequence[Question] | None, num_spaces: int, now: int) -> Needs | None:
+
+def agree(
+    exchange: Exchange,
+    questions: Sequence[Question] | None,
+    num_spaces: int,
+    now: int,
+    label_weights: Sequence[float] = (),
+) -> Needs | None:
     """What all ranks need together; None if one has no questions, because its batch is wrong. Collective.
 
-    ``now``: the latest ``data.timestamp`` of this rank's rows.
+    ``now``: the latest ``data.timestamp`` of this rank's rows. ``label_weights``: of its rows, as many on every rank.
     """
+    bits = np.array(label_weights, dtype=np.float64).view(np.int64)
     own = np.zeros((num_spaces, 4), dtype=np.int64)
     if questions is not None:
         own[:] = [question.numbers() for question in questions]
-    everyone = exchange.gather([questions is None, now, *own.flat])
+    everyone = exchange.gather([questions is None, now, *own.flat, *bits])
     if everyone[:, 0].any():
         return None
-    numbers = everyone[:, 2:].reshape(-1, *own.shape)
+    numbers = everyone[:, 2 : 2 + own.size].reshape(-1, *own.shape)
+    weights = np.ascontiguousarray(everyone[:, 2 + own.size :]).view(np.float64)
     stripes, ids_seen, num_distinct, _ = numbers.max(axis=0).T.tolist()
-    return Needs(stripes, ids_seen, num_distinct, numbers[:, :, 3].T.tolist(), int(everyone[:, 1].max()))
+    num_new, seconds = numbers[:, :, 3].T.tolist(), int(everyone[:, 1].max())
+    return Needs(stripes, ids_seen, num_distinct, num_new, seconds, tuple(map(sum, weights.T.tolist())))
 
 
 class Tables(Protocol):
@@ -187,7 +197,7 @@ class Mapper:
     def map(self, raw: RawBatch) -> Batch:
         """The batch of row indices, where the tables have room for it. Collective where a space is ``exact``."""
         questions = self.ask(raw)
-        needs = agree(self._exchange, questions, len(self.states), raw.now)
+        needs = agree(self._exchange, questions, len(self.states), raw.now, raw.label_weights)
         if needs is None:
             raise RuntimeError("another rank has no questions, and this one has")
         return self.answer(raw, questions, needs)
@@ -268,7 +278,7 @@ class Mapper:
                     state, question, question.request, now[state.space.rules.expire_unit], num_new
                 )
                 fresh += [new] if new is not None else []
-            bags[state.name] = _bags(raw.lengths[numbers], question.distinct, len(state.space.sequences))
+            bags[state.name] = bags_of(raw.lengths[numbers], question.distinct, len(state.space.sequences))
         room = dict(zip(rows, needs.num_distinct, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),
@@ -283,6 +293,8 @@ class Mapper:
             global_rows=raw.global_rows,
             cursor=raw.cursor,
             raw=raw,
+            weights=None if raw.weights is None else torch.from_numpy(raw.weights),
+            label_weights=needs.label_weights,
         )
 
     def _formula_rows(self, state: SpaceState, distinct: Distinct) -> Int64s:
@@ -319,36 +331,6 @@ class Mapper:
         if state.holders_everywhere:
             columns = self._exchange.to_all(columns, num_new)
         return Fresh(state.name, columns[:, 0].copy(), columns[:, 1].copy())
-
-
-def _bags(lengths: NDArray[np.int32], distinct: Distinct, num_sequences: int) -> Bags:
-    """``lengths``: ids of each feature and row, [F + S, B]; ``distinct`` has found them feature by feature."""
-    pooled, of_sequences = np.split(lengths, [len(lengths) - num_sequences])
-    of_pooled = int(pooled.sum(dtype=np.int64))
-    places = np.empty(len(distinct.inverse), dtype=np.int32)
-    bounds = np.zeros(pooled.size + 1 + len(places) - of_pooled, dtype=np.int32)
-    _order(pooled, distinct, slice(of_pooled), places, bounds[: pooled.size + 1])
-    if num_sequences:
-        bounds[pooled.size :] = np.arange(of_pooled, len(places) + 1)
-        rest = slice(of_pooled, None)
-        _order(of_sequences, distinct, rest, places, np.empty(of_sequences.size + 1, dtype=np.int32))
-    readers, ends = np.empty_like(places), np.zeros(len(distinct.ids), dtype=np.int32)
-    np.cumsum(distinct.counts[:-1], out=ends[1:])
-    find_readers(places, bounds, ends, readers)
-    bags = Bags(torch.from_numpy(places), torch.from_numpy(bounds), readers, ends)
-    if not num_sequences:
-        return bags
-    by_row = torch.from_numpy(of_sequences.T.astype(np.int64))
-    return replace(bags, lengths=by_row, longest=int(of_sequences.max(initial=0)))
-
-
-def _order(
-    lengths: NDArray[np.int32], distinct: Distinct, part: slice, places: NDArray[np.int32], bounds: NDArray[np.int32]
-) -> None:
-    """Write ``part`` of the places, which stands feature by feature, by row; ``bounds``: where bags begin in it."""
-    if len(lengths):
-        indices, offsets = distinct.inverse[part], offsets_of(lengths.reshape(-1))
-        order_by_row(indices, offsets, len(lengths), len(distinct.ids), places[part], bounds)
 
 
 def _jagged(rows: Mapping[str, Int64s], stride: int) -> KeyedJaggedTensor:

@@ -34,7 +34,7 @@ from trainer.task import Prediction
 from trainer.world import World
 
 PROBABILITY = "probability"
-"""The column of predictions."""
+"""The column of predictions; of several labels ``probability_LABEL`` of each."""
 
 _ROW_GROUP_ROWS = 1 << 16
 
@@ -54,16 +54,26 @@ def check_output(out: Path, dataset: Dataset, *, overwrite: bool) -> None:
         raise OutputError(f"{out} exists; name another file or pass --overwrite")
 
 
-def kept_schema(patterns: Sequence[str], dataset: Dataset) -> pa.Schema:
-    """The input's columns that the output has too, dictionaries and large types made plain.
+def prediction_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The columns of predictions of a model of these labels.
+
+    >>> prediction_names(["click"]), prediction_names(["click", "buy"])
+    (('probability',), ('probability_click', 'probability_buy'))
+    """
+    return tuple(f"{PROBABILITY}_{label}" for label in labels) if len(labels) > 1 else (PROBABILITY,)
+
+
+def kept_schema(patterns: Sequence[str], dataset: Dataset, predicted: Sequence[str] = (PROBABILITY,)) -> pa.Schema:
+    """The input's columns that the output has too beside those ``predicted``; dictionaries, large types made plain.
 
     Raises:
         DataError: a pattern matches no column, or not all files have it with one type, or it is that of predictions.
     """
     names = names_matching(patterns, dataset, "--keep")
-    if PROBABILITY in names:
+    twice = next((name for name in predicted if name in names), None)
+    if twice is not None:
         raise DataError(
-            f"--keep: column {PROBABILITY!r} would be there twice, as that is what predictions are called; "
+            f"--keep: column {twice!r} would be there twice, as that is what predictions are called; "
             "use patterns that leave it out"
         )
     schema = dataset.files[0].schema
@@ -78,8 +88,9 @@ def predict(
     kept: pa.Schema,
     out: Path,
     tick: Callable[[int], object] = lambda rows: None,
+    predicted: Sequence[str] = (PROBABILITY,),
 ) -> None:
-    """Write ``out``: of each row the ``kept`` columns and ``probability``, float32. Collective.
+    """Write ``out``: of each row the ``kept`` columns and the ``predicted`` ones, float32. Collective.
 
     ``out`` appears whole, or not at all. ``tick(rows)`` is told of rows as they are done.
 
@@ -91,7 +102,7 @@ def predict(
     with _folder_beside(out, world) as folder:
         spans = spans_of(dataset, shared_by(world, dataset, data))
         parts = [folder / f"{rank}.parquet" for rank in range(world.size)]
-        with _Part(parts[world.rank], dataset, kept, spans, world.rank) as own:
+        with _Part(parts[world.rank], dataset, kept, predicted, spans, world.rank) as own:
             waiting: list[Tensor] = []
             most = max(1, _ROW_GROUP_ROWS // spans.rows_per_stream)
 
@@ -149,12 +160,14 @@ def _named_if_it_fails(out: Path) -> Iterator[None]:
 class _Part:
     """The file of the consecutive rows that one rank scores; a context manager."""
 
-    def __init__(self, path: Path, dataset: Dataset, kept: pa.Schema, spans: Spans, rank: int) -> None:
+    def __init__(
+        self, path: Path, dataset: Dataset, kept: pa.Schema, predicted: Sequence[str], spans: Spans, rank: int
+    ) -> None:
         self._path, self._dataset, self._kept = path, dataset, kept
         self._next_row = spans.bounds(rank).start
         self._tables = self._read(EpochOrder(dataset.row_group_sizes, spans, seed=0, epoch=0, shuffle=False).span(rank))
         self._rest = kept.empty_table()
-        self._schema = kept.append(pa.field(PROBABILITY, pa.float32(), nullable=False))
+        self._schema = pa.schema([*kept, *(pa.field(name, pa.float32(), nullable=False) for name in predicted)])
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> Self:
@@ -167,17 +180,18 @@ class _Part:
                 self._writer.close()
 
     def write(self, logits: Tensor) -> None:
-        """Write the next rows as a row group; float32 [rows]."""
+        """Write the next rows as a row group; float32 [rows], or [rows, T] of T > 1 labels."""
         if not len(logits):
             return
-        wrong = logits.isfinite().logical_not()
+        by_label = logits.unsqueeze(1) if logits.dim() == 1 else logits
+        wrong = by_label.isfinite().logical_not().any(dim=1)
         if wrong.any():
             place = self._dataset.place_of(self._next_row + int(wrong.int().argmax()))
             raise MetricError(
                 f"{place}: the logit is NaN or infinite; the dense columns may be too large: clip them or leave it out"
             )
-        probabilities = logits.double().sigmoid().float().cpu().numpy()
-        columns = [*self._take(len(logits)).columns, pa.array(probabilities)]
+        probabilities = by_label.double().sigmoid().float().t().contiguous().cpu().numpy()
+        columns = [*self._take(len(logits)).columns, *map(pa.array, probabilities)]
         self._open().write_table(pa.Table.from_arrays(columns, schema=self._schema), row_group_size=len(logits))
         self._next_row += len(logits)
 

@@ -139,6 +139,50 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """What training minimizes; what is reported as log loss is the plain one, whatever stands here."""
+
+    kind: Literal["bce", "focal"] = "bce"
+    """Binary cross entropy, or the same with well predicted rows weighted down (Lin et al. 2017)."""
+
+    gamma: float = 2.0
+    """Of ``focal``: how fast a row's weight falls as its prediction gets better; 0 makes it ``bce``."""
+
+    alpha: float = 0.25
+    """Of ``focal``: what rows of label 1 are weighted with, the others with 1 - alpha; 0 weighs all rows alike."""
+
+    positive_weight: float = 1.0
+    """What rows of label 1 are weighted with besides."""
+
+    label_smoothing: float = 0.0
+    """Share e of the label that is taken off: 1 becomes 1 - e / 2, and 0 becomes e / 2."""
+
+    task_weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """``fixed``: by ``task_weights``. ``uncertainty``: by a variance of each label, learned (Kendall et al. 2018)."""
+
+    task_weights: tuple[float, ...] = ()
+    """What each label's loss is weighted with, in the order of ``data.labels``; empty: all with 1."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 100, f"gamma is {self.gamma}, expected a number from 0 to 100")
+        require(0 <= self.alpha < 1, f"alpha is {self.alpha}, expected a number from 0 up to, but not including, 1")
+        for name, value in (("positive_weight", self.positive_weight), *_numbered("task_weights", self.task_weights)):
+            require(0 < value <= LARGEST, f"{name} is {value}, expected a number above 0 within float32")
+        require(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing is {self.label_smoothing}, expected a number from 0 up to, but not including, 1",
+        )
+        require(
+            self.task_weighting == "fixed" or not self.task_weights,
+            "task_weights are of task_weighting = 'fixed', and 'uncertainty' learns its own; leave them out",
+        )
+
+
+def _numbered(name: str, values: tuple[float, ...]) -> list[tuple[str, float]]:
+    return [(f"{name}[{place}]", value) for place, value in enumerate(values)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
     """What is computed with less than float32; weights, moments and the loss never are."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -188,26 +189,34 @@ def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
     if "rows_per_second" in values:
         lines[0] += f"  {values['rows_per_second']:,.0f} rows/s"
     for prefix in ("train", "validation"):
-        shown = [
-            f"{label} {values[f'{prefix}_{name}']:.4f}"
-            for name, label in _SHOWN.items()
-            if f"{prefix}_{name}" in values
-        ]
-        if shown and prefix == "train":
-            lines[0] += "  " + "  ".join(shown)
-        elif shown:
-            lines.append(f"  {prefix}  " + "  ".join(shown))
+        for of in _ends(values, prefix):
+            shown = [
+                f"{label} {values[f'{prefix}_{name}{of}']:.4f}"
+                for name, label in _SHOWN.items()
+                if f"{prefix}_{name}{of}" in values
+            ]
+            if shown and prefix == "train" and not of:
+                lines[0] += "  " + "  ".join(shown)
+            elif shown:
+                lines.append(f"  {prefix}{of.replace('/', ' ', 1)}  " + "  ".join(shown))
     return "\n".join(lines)
+
+
+def _ends(values: Mapping[str, float], prefix: str) -> list[str]:
+    """What the keys of metrics end in: nothing, or with several labels a slash and the label, in their order."""
+    names = tuple(f"{prefix}_{name}" for name in (*_SHOWN, "rows"))
+    found = (key.partition("/") for key in values)
+    return list(dict.fromkeys(f"{slash}{label}" for name, slash, label in found if name in names))
 
 
 def final_table(metrics: Mapping[str, float], prefix: str = "test") -> str:
     """Metrics of the last scoring beside the best that the data allow, where that is known."""
     rows = []
-    for name, label in [*_SHOWN.items(), ("rows", "rows")]:
-        if f"{prefix}_{name}" in metrics:
-            value, best = metrics[f"{prefix}_{name}"], metrics.get(f"{prefix}_possible_{name}")
+    for of, (name, label) in itertools.product(_ends(metrics, prefix), [*_SHOWN.items(), ("rows", "rows")]):
+        if f"{prefix}_{name}{of}" in metrics:
+            value, best = metrics[f"{prefix}_{name}{of}"], metrics.get(f"{prefix}_possible_{name}{of}")
             written = f"{value:,.0f}" if name == "rows" else f"{value:.5f}"
-            rows.append([label, written, "" if best is None else f"{best:.5f}"])
+            rows.append([f"{of[1:]} {label}".strip(), written, "" if best is None else f"{best:.5f}"])
     headers = [prefix, "reached", "best possible"]
     return str(tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right")))
 

@@ -49,7 +49,7 @@ class RawBatch:
     """Transformed dense columns, [b, N]."""
 
     labels: NDArray[np.float32]
-    """0 or 1, [b]."""
+    """0 or 1, or NaN where it is missing: [b], or [b, T] of T > 1 labels."""
 
     users: NDArray[np.int64] | None
     """Raw ids of ``data.user``, [b]."""
@@ -71,3 +71,9 @@ class RawBatch:
 
     cursor: Cursor
     """Where reading goes on after this batch: rides along because everything reads ahead."""
+
+    weights: NDArray[np.float32] | None = None
+    """Of ``data.weight``, [b]; None: all rows weigh 1."""
+
+    label_weights: tuple[float, ...] = ()
+    """For each label the weight of this rank's rows that have it; empty where every row has all and weighs 1."""

@@ -21,6 +21,7 @@ from trainer.location import Location, locate
 from trainer.lock import make_output
 from trainer.manifest import Manifest
 from trainer.order import streams_of
+from trainer.recipe import LossConfig
 from trainer.remote import Remote
 from trainer.rows import Cursor
 from trainer.schema import Columns, features_of, resolve_columns, resolve_transforms, sequences_of
@@ -38,14 +39,24 @@ _MUST_MATCH = (
     "precision.dense",
     "precision.tf32",
     "sharding.quantized_communication",
+    "loss",
     "data.labels",
+    "data.missing_labels",
+    "data.weight",
     "data.dense",
     "data.transforms",
     "data.global_batch_size",
     "data.streams",
     "data.shuffle",
 )
-_WHERE_ABSENT = {"precision.dense": "float32", "precision.tf32": False, "sharding.quantized_communication": "none"}
+_WHERE_ABSENT = {
+    "precision.dense": "float32",
+    "precision.tf32": False,
+    "sharding.quantized_communication": "none",
+    "loss": {**dataclasses.asdict(LossConfig()), "task_weights": []},
+    "data.missing_labels": "error",
+    "data.weight": "",
+}
 """What a checkpoint was made with whose run description lacks these keys."""
 
 _TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "sequences", "init")

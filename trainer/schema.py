@@ -38,7 +38,7 @@ class Columns:
 
     dense: tuple[str, ...]
     label: str
-    """Empty for none: rows that are only predicted, and whose label is 0."""
+    """The first one; empty for none: rows that are only predicted, and whose label is 0."""
 
     user: str = ""
     """Empty for none."""
@@ -49,10 +49,21 @@ class Columns:
     timestamp: str = ""
     """Empty for none."""
 
+    other_labels: tuple[str, ...] = ()
+    """Those after the first."""
+
+    weight: str = ""
+    """Empty for none."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels, in the order of the model's tasks."""
+        return (self.label, *self.other_labels) if self.label else ()
+
     @property
     def names(self) -> tuple[str, ...]:
         """All columns to read, each once."""
-        every = (*self.sparse, *self.dense, self.label, self.user, self.probability, self.timestamp)
+        every = (*self.sparse, *self.dense, *self.labels, self.user, self.probability, self.timestamp, self.weight)
         return tuple(dict.fromkeys(name for name in every if name))
 
     def inputs(self) -> Columns:
@@ -74,6 +85,8 @@ def resolve_columns(data: DataConfig, tables: Sequence[TableConfig], dataset: Da
         sparse=tuple(dict.fromkeys(name for names in features for name in names)),
         dense=_expand(data.dense, known, "data.dense"),
         label=_named(data.labels[0], known, "data.labels", file),
+        other_labels=tuple(_named(name, known, "data.labels", file) for name in data.labels[1:]),
+        weight=_named(data.weight, known, "data.weight", file),
         user=_named(data.user, known, "data.user", file),
         probability=_named(data.probability, known, "data.probability", file),
         timestamp=_named(data.timestamp, known, "data.timestamp", file),
@@ -229,7 +242,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _refuse_leaks(columns: Columns) -> None:
-    for what, name in (("label", columns.label), ("probability", columns.probability)):
+    for what, name in (*(("label", label) for label in columns.labels), ("probability", columns.probability)):
         for key, inputs in (("features", columns.sparse), ("data.dense", columns.dense)):
             if name and name in inputs:
                 raise DataError(
@@ -249,8 +262,10 @@ def _check_types(columns: Columns, file: DataFile) -> None:
         check_sparse_type(name, kind(name), file.path)
     for name in columns.dense:
         check_number_type(name, kind(name), file.path, "dense")
-    if columns.label:
-        check_number_type(columns.label, kind(columns.label), file.path, "label")
+    for name in columns.labels:
+        check_number_type(name, kind(name), file.path, "label")
+    if columns.weight:
+        check_number_type(columns.weight, kind(columns.weight), file.path, "weight")
     if columns.user:
         check_user_type(columns.user, kind(columns.user), file.path)
     if columns.probability:

@@ -173,7 +173,8 @@ def shard(
     members = collections_of(physical)
     collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
     order, dense = [table.key for table in config.tables], config.precision.dense
-    task = CTRTask(collections, Head(model, physical, order, seed=config.seed, world_size=world.size, dense=dense))
+    head = Head(model, physical, order, seed=config.seed, world_size=world.size, dense=dense, loss=config.loss)
+    task = CTRTask(collections, head)
     plan = ShardingPlan({f"tables.{name}": _module_plan(tables, placements) for name, tables in members.items()})
     sharders = [sharder_for(config.sharding, world)]
     with Untouched():
@@ -343,3 +344,21 @@ def quiet_libraries() -> None:
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
     for module in ("torch", "torchrec"):
         warnings.filterwarnings("ignore", module=rf"{module}\.")
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A differentiable sum over ranks: the gradient of a sum that all ranks read is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over ranks."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The sum of the gradient over ranks."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -21,6 +20,7 @@ from trainer.config import RunConfig
 from trainer.device import assign, on_computing_stream, set_multiplication
 from trainer.errors import ConfigError
 from trainer.lookup import kernels_in
+from trainer.losses import with_weighting
 from trainer.mapping import SpaceState
 from trainer.optim import DenseGroup, Optimizer, dense_group, fused_rates, set_fused_step, table_group
 from trainer.rows import Cursor, steps_before
@@ -28,6 +28,7 @@ from trainer.sharder import empty_cache
 from trainer.sharding import (
     Placements,
     Shard,
+    SumOverRanks,
     fused_shards,
     is_data_parallel,
     is_owner_local,
@@ -296,7 +297,7 @@ def build_model(config: RunConfig, num_dense: int) -> models.CTRModel:
     options = {name: value for name, value in config.model.items() if name != "kind"}
     torch.manual_seed(config.seed)
     try:
-        return models.build(
+        model = models.build(
             config.model["kind"],
             num_dense=num_dense,
             num_fields=sum(len(table.pooled) for table in embeddings),
@@ -311,6 +312,7 @@ def build_model(config: RunConfig, num_dense: int) -> models.CTRModel:
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    return with_weighting(model, config.loss, len(config.data.labels))
 
 
 def fill_rows(state: TrainState, pieces: Sequence[Shard], first_slot: int = 0) -> None:
@@ -380,21 +382,3 @@ def _replica(table: PhysicalTable, group: DenseGroup, steps: int) -> Shard:
         for name in names:
             state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
     return Shard(table, 0, 0, weight.data, {name: state[name] for name in names}, is_replica=True)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """A differentiable sum over ranks: the gradient of a sum that all ranks read is the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over ranks."""
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The sum of the gradient over ranks."""
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from models.model import WithLoss
 from trainer.batch import Bags, Batch
+from trainer.losses import LogVariances, StepLoss
 from trainer.pooling import pool
+from trainer.recipe import LossConfig
 from trainer.sequences import padded
 from trainer.tables import Part, PhysicalTable, collections_of, output_keys
 
@@ -29,7 +30,7 @@ class Prediction:
     """What a step tells about its rows."""
 
     logits: Tensor
-    """float32 [num_rows], detached; real rows only."""
+    """float32 [num_rows], or [num_rows, T] of T > 1 labels, detached; real rows only."""
 
     batch: Batch
 
@@ -107,6 +108,7 @@ class Head(nn.Module):
         seed: int,
         world_size: int,
         dense: Literal["float32", "bfloat16"] = "float32",
+        loss: LossConfig | None = None,
     ) -> None:
         """``order``: public names of all tables as the run description lists them; decides the places of the fields.
 
@@ -116,7 +118,7 @@ class Head(nn.Module):
         self._order = tuple(order)
         self.model = model
         self._seed = seed
-        self._world_size = world_size
+        self._loss = StepLoss(loss or LossConfig(), world_size)
         self._dense = dense
         self._draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         self._sources: dict[str, list[_Source]] = {}
@@ -135,11 +137,8 @@ class Head(nn.Module):
     def forward(self, looked_up: Mapping[str, KeyedTensor], batch: Batch) -> tuple[Tensor, Prediction]:
         """The loss to run backward from, and the logits of the real rows.
 
-        ``looked_up``: the batch's distinct rows of each collection.
-
-        Loss: the sum of cross entropy over this rank's rows times ``world_size / global_rows``. Averaged over ranks,
-        as DistributedDataParallel and TorchRec do with gradients, this is the mean over the global batch, however its
-        rows are spread.
+        ``looked_up``: the batch's distinct rows of each collection. Loss: see ``StepLoss``; of rows of several labels
+        it is computed in training only, as they need not have them to be predicted.
         """
         if self._draws and self.training:
             self._seed_dropout(batch)
@@ -164,9 +163,13 @@ class Head(nn.Module):
             out = self.model(batch.dense[:rows], embeddings_BFD, linear_BF, *given)
         logits_B, more_B = out if isinstance(out, WithLoss) else (out, None)
         logits_B = logits_B.float()
-        total = binary_cross_entropy_with_logits(logits_B, batch.labels[:rows], reduction="sum")
-        total = total if more_B is None else total + more_B.sum()
-        return total * (self._world_size / batch.global_rows), Prediction(logits_B.detach(), batch)
+        if logits_B.dim() > 1 and not self.training:
+            return logits_B.new_zeros(()), Prediction(logits_B, batch)
+        variances = getattr(self.model, "loss", None)
+        loss = self._loss(logits_B, batch, variances if isinstance(variances, LogVariances) else None)
+        if more_B is not None:
+            loss = loss + self._loss.mean_of(more_B, batch)
+        return loss, Prediction(logits_B.detach(), batch)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         """What the interaction model computes in; its weights and what it is given stay float32."""

@@ -52,9 +52,9 @@ def train(plain: dict[str, Any], world: World) -> Outcome:
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Training loss by step, from metrics.jsonl."""
+    """Training loss by step, from metrics.jsonl; of the first label where there are several."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["train_logloss_nats"] for line in lines}
+    return {line["step"]: next(line[key] for key in line if key.startswith("train_logloss_nats")) for line in lines}
 
 
 def saved_table(path: Path, manifest: Manifest, key: str, state: str = "weight") -> NDArray[np.float32]:
