@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +24,7 @@ from trainer.config import RunConfig
 from trainer.description import build
 from trainer.errors import CheckpointError
 from trainer.run import open_inputs, start
-from trainer.world import join_world
+from trainer.world import World, join_world
 
 
 def pretend(directory: Path, *steps: int, whole: bool = True) -> None:
@@ -80,6 +83,25 @@ def test_a_checkpoint_that_is_being_deleted_counts_no_more(tmp_path: Path, monke
     checkpoint.discard(checkpoint.path_of(tmp_path, 1))
     assert checkpoint.steps_in(tmp_path) == []
     assert checkpoint.path_of(tmp_path, 1).is_dir()
+
+
+@pytest.mark.parametrize(("broken", "kept"), [(f"step-00000002/{checkpoint.SHARDS}", []), (".", [2])])
+def test_a_save_that_fails_leaves_nothing_before_the_manifest_is_there_and_what_is_whole_after(
+    broken: str, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(directory: Path) -> None:
+        if directory == tmp_path / broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(directory))
+
+    monkeypatch.setattr(checkpoint, "sync_directory", failing)
+    content, world = checkpoint.Content({"model/w": torch.arange(3.0)}, []), World(0, 0, 1, 1, torch.device("cpu"))
+    path = checkpoint.path_of(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="cannot write checkpoint"):
+        checkpoint.write(path, content, manifest(step=2, evaluations=()), world)
+    assert checkpoint.steps_in(tmp_path) == kept
+    assert path.exists() == bool(kept)
+    if kept:
+        checkpoint.verify(path, manifests.read(path))
 
 
 # Real ones

@@ -74,7 +74,8 @@ def write(path: Location, content: Content, manifest: Manifest, world: World) ->
     except CheckpointError:
         if world.is_chief:
             with suppress(OSError):
-                discard(path)  # a full disk gets back what was taken in vain
+                if not is_there(path / manifests.NAME):  # else it is whole, although the disk may forget its name
+                    discard(path)  # a full disk gets back what was taken in vain
         raise
 
 
