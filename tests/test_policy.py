@@ -105,6 +105,8 @@ ORDER = (
     "trials",
     "comparison",
     "sweep",
+    "notebook",
+    "data_commands",
     "cli",
     "__main__",
 )
@@ -114,7 +116,7 @@ MAY_IMPORT = {"models": {"models", "torch"}, "launch": {"launch", "torchx"}}
 NEVER_IMPORTED_BY_TRAINER = {"launch", "benchmarks", "tests"}
 
 # `python -m trainer --help` imports these, and has half a second.
-LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "cli", "__main__")
+LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "data_commands", "cli", "__main__")
 HEAVY = {
     "torch",
     "torchrec",
@@ -137,7 +139,14 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # Modules that are tested in the file of the module that they belong to.
-TESTED_IN = {"__main__": "test_cli.py", "errors": "test_cli.py"}
+TESTED_IN = {
+    "__main__": "test_cli.py",
+    "errors": "test_cli.py",
+    "data_commands": "test_prepare_tables.py",
+    "prepare_blocks": "test_prepare_sources.py",
+    "prepare_columns": "test_prepare_sources.py",
+    "prepare_vocabulary": "test_prepare_tables.py",
+}
 
 
 def modules(*rooms: str) -> list[Path]:

@@ -206,9 +206,7 @@ def _of_line(block: Block, offset: int, reason: str) -> Reject:
     return Reject(str(block.file), block.line + offset, "", reason, block.text(offset))
 
 
-def _as_text(
-    block: Block, columns: dict[str, pa.Array], offsets: NDArray[np.int64], rejects: list[Reject]
-) -> Cells:
+def _as_text(block: Block, columns: dict[str, pa.Array], offsets: NDArray[np.int64], rejects: list[Reject]) -> Cells:
     """The cells as strings, without the lines that are not UTF-8."""
     try:
         return Cells({name: column.cast(pa.string()) for name, column in columns.items()}, offsets, rejects)
@@ -244,7 +242,7 @@ def libsvm_cells(block: Block, dense: Sequence[str]) -> Cells:
     first[1:] = parents[1:] != parents[:-1]
     label = flat.filter(pa.array(first))  # an empty line has one word, which is empty
     pairs, owners = flat.filter(pa.array(~first)), parents[~first]
-    parts = pc.extract_regex(pairs, r"^(?P<id>([0-9]+:)?[0-9]+):(?P<value>[^:]+)$")
+    parts = pc.extract_regex(pairs, r"^(?P<id>(?:[0-9]+:)?[0-9]+):(?P<value>[^:]+)$")
     ids, values = pc.struct_field(parts, "id"), pc.struct_field(parts, "value")
     bad = parts.is_null().to_numpy(zero_copy_only=False)
     columns = {"label": pc.if_else(pc.equal(label, ""), pa.scalar(None, pa.string()), label)}

@@ -56,7 +56,9 @@ _NEEDED = ("label", "user", "timestamp", "weight")
 _LABELS = ("label", "click", "clicked", "is_click", "target", "y")
 _USERS = ("user", "user_id", "userid", "uid")
 _TIMES = ("timestamp", "time", "ts", "date", "datetime")
-_COUNTED = re.compile(r"^(I|int|num|dense)_?\d+$|(^|_)(count|price|amount|age|score|num|total|duration|rate)(_|$)", re.I)
+_COUNTED = re.compile(
+    r"^(I|int|num|dense)_?\d+$|(^|_)(count|price|amount|age|score|num|total|duration|rate)(_|$)", re.I
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +128,8 @@ def check_plans(plans: Sequence[ColumnPlan]) -> None:
         if len(names) > 1:
             raise DataError(f"columns {', '.join(names)} are all of kind {kind}; say which with --column NAME={kind}")
     if not any(plan.kind == "label" for plan in plans):
-        names = ", ".join(plan.name for plan in plans[:50])
-        raise DataError(f"no column is the label; say which of {names} is it with --column NAME=label")
+        known = ", ".join(plan.name for plan in plans[:50])
+        raise DataError(f"no column is the label; say which of {known} is it with --column NAME=label")
 
 
 def describe(plans: Sequence[ColumnPlan], sample: Mapping[str, pa.Array], *, keep_strings: bool) -> str:

@@ -26,7 +26,8 @@ from trainer.prepare_columns import ColumnPlan, convert, expected
 
 SAMPLE_ROWS = 10_000
 _PARQUET_ROWS = 1 << 16
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 AVAZU = (
     *("id", "click", "hour", "C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain"),
@@ -39,12 +40,12 @@ CRITEO = ("label", *(f"I{index}" for index in range(1, 14)), *(f"C{index}" for i
 """The columns of the Criteo display-advertising challenge, whose files have no header."""
 
 KNOWN = {
-    "avazu": {name: "sparse:integer" for name in AVAZU}
+    "avazu": dict.fromkeys(AVAZU, "sparse:integer")
     | {name: "sparse:string" for name in AVAZU if name.endswith(("_id", "_domain", "_category", "_ip", "_model"))}
     | {"id": "drop", "click": "label", "hour": "timestamp:hour"},
     "criteo": {"label": "label"}
-    | {name: "dense:integer" for name in CRITEO[1:14]}
-    | {name: "sparse:hex" for name in CRITEO[14:]},
+    | dict.fromkeys(CRITEO[1:14], "dense:integer")
+    | dict.fromkeys(CRITEO[14:], "sparse:hex"),
 }
 """What the columns of published data sets are."""
 

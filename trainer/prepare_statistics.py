@@ -25,6 +25,9 @@ KEPT = 1 << 16
 """Ids and rows that a column's sketch and sample keep: up to here all is exact."""
 
 
+_CHUNK_ROWS = 1 << 14
+
+
 class DistinctIds:
     """How many distinct ids there are: exact up to ``kept``, else by the ``kept`` smallest of their mixes.
 
@@ -113,6 +116,7 @@ class Statistics:
         """``kinds``: column to label, dense, sparse, sequence, user, timestamp or weight."""
         self._kinds = dict(kinds)
         self._rows = 0
+        self._waiting: list[pa.RecordBatch] = []
         self._missing = dict.fromkeys(kinds, 0)
         self._labels = dict.fromkeys((name for name, kind in kinds.items() if kind == "label"), 0.0)
         self._ids = {name: DistinctIds(kept) for name, kind in kinds.items() if kind in ("sparse", "sequence", "user")}
@@ -123,7 +127,21 @@ class Statistics:
 
     def take(self, rows: pa.Table | pa.RecordBatch) -> None:
         """Count some rows."""
-        table = rows if isinstance(rows, pa.Table) else pa.Table.from_batches([rows])
+        self._waiting += rows.to_batches() if isinstance(rows, pa.Table) else [rows]
+        if sum(batch.num_rows for batch in self._waiting) >= _CHUNK_ROWS:
+            self._count(whole=True)
+
+    def _count(self, *, whole: bool) -> None:
+        """Count the waiting rows in chunks that are always the same: sums of floats depend on their order."""
+        if not self._waiting:
+            return
+        table = pa.Table.from_batches(self._waiting)
+        end = table.num_rows - table.num_rows % _CHUNK_ROWS if whole else table.num_rows
+        for first in range(0, end, _CHUNK_ROWS):
+            self._count_chunk(table.slice(first, min(_CHUNK_ROWS, end - first)).combine_chunks())
+        self._waiting = table.slice(end).to_batches()
+
+    def _count_chunk(self, table: pa.Table) -> None:
         numbers = np.arange(self._rows, self._rows + table.num_rows)
         self._rows += table.num_rows
         for name in self._kinds:
@@ -136,7 +154,8 @@ class Statistics:
             elif name in self._numbers:
                 valid = column.is_valid().to_numpy()
                 values = column.drop_null().cast(pa.float64()).to_numpy()
-                self._numbers[name].take(values, numbers[valid])
+                finite = np.isfinite(values)  # training refuses the others, and says where they are
+                self._numbers[name].take(values[finite], numbers[valid][finite])
 
     def _take_ids(self, name: str, column: pa.ChunkedArray) -> None:
         ids = ids_of(column, name, Place("", 0))
@@ -151,6 +170,7 @@ class Statistics:
 
     def to_plain(self) -> dict[str, Any]:
         """Rows and columns as JSON has them."""
+        self._count(whole=False)
         columns: dict[str, Any] = {}
         rows = max(1, self._rows)
         for name, kind in self._kinds.items():

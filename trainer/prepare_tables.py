@@ -184,7 +184,7 @@ def _plans(request: Request, source: Source, sample: dict[str, pa.Array]) -> lis
     said = dict(KNOWN.get(request.kind, {}))
     separator = request.separator
     if isinstance(source, Libsvm):
-        said = {name: "dense:number" for name in sample} | {"label": "label:sign", "features": "sequence"}
+        said = dict.fromkeys(sample, "dense:number") | {"label": "label:sign", "features": "sequence"}
     if isinstance(source, Parquet):
         said |= dict.fromkeys(source.lists, "sequence")
     plans = infer(sample, said | request.columns, separator)
