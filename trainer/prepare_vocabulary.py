@@ -82,6 +82,7 @@ class _Counts:
         self._waiting = 0
 
     def take(self, values: pa.Array) -> None:
+        """Count some values; null is none."""
         counted = pc.value_counts(values.drop_null())
         part = pa.table([counted.field("values"), counted.field("counts")], schema=self._schema)
         self._parts.append(part)
@@ -90,6 +91,7 @@ class _Counts:
             self._parts, self._waiting = [self.merged()], 0
 
     def merged(self) -> pa.Table:
+        """Each value once, with its count."""
         table = pa.concat_tables(self._parts) if self._parts else self._schema.empty_table()
         grouped = table.group_by("value").aggregate([("count", "sum")])
         return pa.table({"value": grouped["value"], "count": grouped["count_sum"]}, schema=self._schema)
