@@ -96,7 +96,10 @@ def test_what_is_proposed_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     pq.write_table(log(), "log.parquet")
     criteo = real_data("criteo/first10k.tsv.gz")
-    prepare_table(Request(kind="criteo", inputs=(criteo,), output=Path("numbered"), vocabulary=5))
+    columns = {"I9": "weight", "C9": "drop"}
+    prepare_table(
+        Request(kind="criteo", inputs=(criteo,), output=Path("numbered"), vocabulary=5, columns=columns, skip_bad=True)
+    )
     for data in ("log.parquet", "numbered"):
         output = f"{data}.toml"
         outcome = call("init", data, "--output", output)
@@ -106,6 +109,7 @@ def test_what_is_proposed_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.Mo
         assert trained.code == 0, trained.errors
         assert "step 3/3" in trained.errors
     run = described(Path("numbered.toml").read_text())
+    assert run.data.weight == "I9"
     assert {table.ids for table in run.tables} == {"identity"}
     for table in run.tables:
         highest = max(pq.read_table("numbered/train", columns=[table.features[0]])[0].drop_null().to_pylist())

@@ -155,6 +155,7 @@ class _Features:
 
     label: str
     user: str
+    weight: str
     timestamp: str
     dense: dict[str, dict[str, Any]]
     sparse: dict[str, dict[str, Any]]
@@ -167,11 +168,9 @@ def _sorted_out(statistics: Mapping[str, Any]) -> _Features:
     dense, sparse, left_out = {}, {}, {}
     for name, known in columns.items():
         kind = known["kind"]
-        if kind in ("label", "timestamp"):
+        if kind in ("label", "timestamp", "weight"):
             continue
-        if kind == "weight":
-            left_out[name] = "a weight is no input"
-        elif _OUTCOME.search(name):
+        if _OUTCOME.search(name):
             left_out[name] = "by its name an outcome, which is not known beforehand"
         elif kind == "dense" and not known.get("std"):
             left_out[name] = "it is the same in all rows"
@@ -187,10 +186,10 @@ def _sorted_out(statistics: Mapping[str, Any]) -> _Features:
         raise DataError("there is no feature of ids (integers or strings); the trainer's models need one at least")
     user = named["user"] if named["user"] in sparse and not columns[named["user"]]["missing"] else ""
     timestamp = named["timestamp"] if not columns.get(named["timestamp"], {"missing": 1})["missing"] else ""
-    return _Features(named["label"], user, timestamp, dense, sparse, left_out)
+    return _Features(named["label"], user, named["weight"], timestamp, dense, sparse, left_out)
 
 
-_SINGLE = ("label", "user", "timestamp")
+_SINGLE = ("label", "user", "timestamp", "weight")
 
 
 def _written(
@@ -218,6 +217,8 @@ def _written(
     ]
     if features.user:
         lines.append(f"user = {_quoted(features.user)}   # groups rows for GAUC; it is an input as well")
+    if features.weight:
+        lines.append(f"weight = {_quoted(features.weight)}   # of each row in loss and metrics, and no input")
     if features.timestamp:
         lines.append(f"timestamp = {_quoted(features.timestamp)}   # a clock for tables[].expire_unit, and no input")
     lines += _dense_lines(features.dense)
