@@ -286,6 +286,9 @@ def test_libsvm_and_libffm_lines_become_lists_and_numbers(tmp_path: Path) -> Non
     write(tmp_path / "a.svm", [*text, "1 5=1"], "")
     with pytest.raises(DataError, match=r"a\.svm:5: column features is '5=1', expected index:value or"):
         prepare_table(request(tmp_path / "bad", tmp_path / "a.svm", kind="libsvm"))
+    (tmp_path / "a.svm").write_bytes(b"1 3:1\n0 \xff:1\n")
+    with pytest.raises(DataError, match=r"a\.svm:2: the line is not UTF-8; mend or remove it"):
+        prepare_table(request(tmp_path / "bad", tmp_path / "a.svm", kind="libsvm"))
 
 
 def test_parquet_comes_out_as_the_text_of_the_same_rows_does(tmp_path: Path) -> None:

@@ -232,8 +232,16 @@ def libsvm_cells(block: Block, dense: Sequence[str]) -> Cells:
     Columns: ``label``; each of ``dense``, the indices whose values are numbers, as ``d<index>``; and all other indices,
     whose value must be 1, as ``features``: a list that "|" divides, each ``index`` or ``field:index``. A comment behind
     "#" is left out.
+
+    Raises:
+        DataError: a line is not UTF-8.
     """
-    lines = pa.array(block.data.removesuffix(b"\n").split(b"\n"), pa.binary()).cast(pa.string())
+    raw = pa.array(block.data.removesuffix(b"\n").split(b"\n"), pa.binary())
+    try:
+        lines = raw.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        offset = next(n for n in range(len(raw)) if "\ufffd" in block.text(n))
+        raise DataError(f"{block.file}:{block.line + offset}: the line is not UTF-8; mend or remove it") from error
     lines = pc.utf8_trim_whitespace(pc.replace_substring_regex(lines, "#.*$", ""))
     words = pc.utf8_split_whitespace(lines)
     rows = len(lines)
