@@ -183,6 +183,9 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         "seed": 3,
         "overwrite": False,
     }
+
+
+def test_the_commands_about_data_take_what_their_users_scripts_say() -> None:
     assert parsed("prepare", "criteo", "a.gz", "b", "out") == {
         "command": "prepare",
         "kind": "criteo",
