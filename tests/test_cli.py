@@ -28,6 +28,7 @@ COMMANDS = (
     "export-state-dict",
     "sample-data",
     "prepare",
+    "init",
     "doctor",
 )
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "numpy", "pyarrow", "tensorboard")
@@ -182,11 +183,33 @@ def test_the_other_commands_take_what_their_users_scripts_say() -> None:
         "seed": 3,
         "overwrite": False,
     }
+
+
+def test_the_commands_about_data_take_what_their_users_scripts_say() -> None:
     assert parsed("prepare", "criteo", "a.gz", "b", "out") == {
         "command": "prepare",
         "kind": "criteo",
         "inputs": [Path("a.gz"), Path("b")],
         "output": Path("out"),
+        "overwrite": False,
+        "column": [],
+        "delimiter": ",",
+        "separator": "|",
+        "strings": "hash",
+        "vocabulary": None,
+        "split": None,
+        "fractions": (0.8, 0.1, 0.1),
+        "seed": 0,
+        "validation": [],
+        "test": [],
+        "bad_rows": "error",
+        "threads": 0,
+    }
+    assert parsed("init", "data/a", "--label", "y") == {
+        "command": "init",
+        "data": ["data/a"],
+        "output": Path("run.toml"),
+        "label": "y",
         "overwrite": False,
     }
     assert parsed("doctor") == {"command": "doctor"}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from trainer import data_commands
 from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
 from trainer.errors import UserError
 from trainer.location import local, locate, without_secrets
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_sample_data(commands)
     _add_prepare(commands)
+    what = "write a run description for Parquet files or a prepared folder"
+    data_commands.add_init_options(_command(commands, "init", what, _init))
     doctor = _command(commands, "doctor", "say what is installed and whether it fits together", _doctor)
     doctor.epilog = "Exit code 1 if something must be mended; the fix is printed."
     return top
@@ -238,11 +241,13 @@ def _add_sample_data(commands: Commands) -> None:
 
 
 def _add_prepare(commands: Commands) -> None:
-    prepare = _command(commands, "prepare", "convert a public data set to Parquet files", _prepare)
-    prepare.add_argument("kind", choices=("beauty", "census", "criteo", "frappe"), help="the format of the input")
-    prepare.add_argument("inputs", type=local, nargs="+", metavar="IN", help="files, plain or .gz")
+    prepare = _command(commands, "prepare", "convert a data set to Parquet files", _prepare)
+    kinds = (*data_commands.TABLE_KINDS, "beauty", "census", "frappe")
+    prepare.add_argument("kind", choices=kinds, help="the format of the input")
+    prepare.add_argument("inputs", type=local, nargs="+", metavar="IN", help="files, plain, gzip or zstd")
     prepare.add_argument("output", type=local, metavar="OUT", help="gets train/, validation/ and test/")
     prepare.add_argument("--overwrite", action="store_true", help="replace the files that are there")
+    data_commands.add_prepare_options(prepare)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -354,6 +359,9 @@ def _sample_data(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    if arguments.kind in data_commands.TABLE_KINDS:
+        _print(data_commands.prepare_table(arguments))
+        return DONE
     from trainer import behaviors, census
     from trainer.prepare import describe, prepare
 
@@ -363,6 +371,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     else:
         report = prepare(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
     _print(describe(report))
+    return DONE
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    _print(data_commands.init(arguments))
     return DONE
 
 

@@ -20,12 +20,15 @@ from trainer.errors import DataError
 SPLITS = ("train", "validation", "test")
 SAMPLE_RECORD = "sample.json"
 PREPARED_RECORD = "prepared.json"
+VOCABULARY = "vocabulary"
+SKIPPED = "skipped.jsonl"
 ROW_GROUP_ROWS = 16_384
 """Rows per row group: the unit in which the trainer reads and shuffles."""
 FILE_ROWS = 1 << 20
 """Most rows of a file."""
 
 _RECORDS = (SAMPLE_RECORD, PREPARED_RECORD)
+_BESIDES = ("statistics.json", VOCABULARY, SKIPPED)
 _STAGING = ".incomplete"
 
 
@@ -69,6 +72,12 @@ def _commit(staging: Path, directory: Path) -> None:
             path.unlink()
         for path in sorted((staging / split).iterdir()):
             path.replace(target / path.name)
+    for name in _BESIDES:
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        (directory / name).unlink(missing_ok=True)
+        if (staging / name).exists():
+            (staging / name).replace(directory / name)
     for record in _RECORDS:
         if (staging / record).exists():
             (staging / record).replace(directory / record)
