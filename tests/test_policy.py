@@ -30,6 +30,7 @@ ORDER = (
     "boundary",
     "config",
     "description",
+    "machines",
     "device",
     "rows",
     "columns",
@@ -60,12 +61,15 @@ ORDER = (
     "lookup",
     "sharder",
     "sharding",
+    "planning",
+    "plan_text",
     "state",
     "host_copies",
     "growth",
     "occupancy",
     "metrics",
     "predictions",
+    "scores",
     "by_label",
     "feed",
     "evaluation",
@@ -79,6 +83,9 @@ ORDER = (
     "digest",
     "report",
     "diagnostics",
+    "records",
+    "charts",
+    "page",
     "run",
     "loop",
     "inspection",
@@ -97,6 +104,8 @@ ORDER = (
     "trials",
     "comparison",
     "sweep",
+    "viewing",
+    "view_cli",
     "cli",
     "__main__",
 )
@@ -129,7 +138,16 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # Modules that are tested in the file of the module that they belong to.
-TESTED_IN = {"__main__": "test_cli.py", "errors": "test_cli.py"}
+TESTED_IN = {
+    "__main__": "test_cli.py",
+    "errors": "test_cli.py",
+    "machines": "test_planning.py",
+    "plan_text": "test_planning.py",
+    "charts": "test_page.py",
+    "records": "test_page.py",
+    "scores": "test_page.py",
+    "view_cli": "test_viewing.py",
+}
 
 
 def modules(*rooms: str) -> list[Path]:

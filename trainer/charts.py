@@ -93,12 +93,10 @@ def lines(
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if diagonal:
         xs, ys = [*xs, 0.0, 1.0], [*ys, 0.0, 1.0]
-    across, up = _scales((min(xs), max(xs)), (0.0 if zero else min(ys), max(ys)))
+    across, up = _scales((min(xs), max(xs)), (min(ys + [0.0] * zero), max(ys)))
     body = [_grid(across, up, x_name)]
     if diagonal:
-        body.append(
-            f'<path class="ideal" d="M{across.at(0):.1f},{up.at(0):.1f}L{across.at(1):.1f},{up.at(1):.1f}"/>'
-        )
+        body.append(f'<path class="ideal" d="M{across.at(0):.1f},{up.at(0):.1f}L{across.at(1):.1f},{up.at(1):.1f}"/>')
     body += [_line(each, across, up, x_name) for each in drawn]
     return _figure(title, _svg(title, "".join(body), HEIGHT), legend(drawn))
 
@@ -170,7 +168,9 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[tuple[str, Se
         for number, part in enumerate(share):
             left, right = across.at(edges[number]), across.at(edges[number + 1])
             half = (right - left - 1) / len(shares)
-            said = escape(f"{name}: {values[number]:,.0f} rows ({part:.1%}) in {edges[number]:g} to {edges[number + 1]:g}")
+            said = escape(
+                f"{name}: {values[number]:,.0f} rows ({part:.1%}) in {edges[number]:g} to {edges[number + 1]:g}"
+            )
             body.append(
                 f'<rect style="--c:var(--c{group})" x="{left + 0.5 + group * half:.1f}" y="{up.at(part):.1f}" '
                 f'width="{half:.1f}" height="{up.at(0) - up.at(part):.1f}"><title>{said}</title></rect>'

@@ -87,7 +87,9 @@ def machine_of(name: str | None, own: Path | None = None) -> tuple[str, Machine]
     if name is None:
         raise ConfigError(f"--device is missing; expected one of {', '.join(machines)}")
     if name not in machines:
-        raise ConfigError(f"--device is {name!r}, which {own or 'the trainer'} does not know; {nearest(name, list(machines))}")
+        raise ConfigError(
+            f"--device is {name!r}, which {own or 'the trainer'} does not know; {nearest(name, list(machines))}"
+        )
     return name, machines[name]
 
 

@@ -34,7 +34,7 @@ var(--c1)}.notes ul{margin:.2em 0;padding-left:1.2em;overflow-wrap:anywhere}.wid
 table{border-collapse:collapse;font-size:.88em;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{color:var(--dim);font-weight:600}
-pre{overflow-x:auto;font-size:.82em;margin:.4em 0}summary{cursor:pointer}
+section>.grid+.wide{margin-top:12px}pre{overflow-x:auto;font-size:.82em;margin:.4em 0}summary{cursor:pointer}
 """
 
 _CURVES = (
@@ -117,7 +117,8 @@ def _summary(records: Sequence[Record]) -> str:
             found += f'<div class="card notes">{escape(name)}:<ul>{items}</ul></div>'
     rows: list[list[str]] = []
     for prefix in ("train", "validation", "test"):
-        for key, title in (("rows", "rows"), ("click_rate", "click rate"), *_CURVES):
+        named = (("rows", "rows"), ("click_rate", "click rate"), *_CURVES)
+        for key, title in _of_each_label(named, records):
             values = [_last(record, f"{prefix}_{key}") for record in records]
             if any(value is not None for value in values):
                 rows.append([f"{prefix} {title}", *("-" if v is None else _number(v) for v in values)])
@@ -134,7 +135,7 @@ def _last(record: Record, key: str) -> float | None:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 10 else f"{value:.6g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.6g}"
 
 
 def _series(records: Sequence[Record], keys: Sequence[tuple[str, str]], **options: Any) -> list[Series]:
@@ -153,14 +154,30 @@ def _series(records: Sequence[Record], keys: Sequence[tuple[str, str]], **option
 def _curves(records: Sequence[Record]) -> list[str]:
     found = []
     for key, title in _CURVES:
-        keys = [(f"{prefix}_{key}", prefix) for prefix in ("train", "validation")]
-        if series := _series(records, keys):
-            found.append(charts.lines(title, series))
+        for label in _labels(records, key):
+            keys = [(f"{prefix}_{key}{label}", prefix) for prefix in ("train", "validation")]
+            if series := _series(records, keys):
+                found.append(charts.lines(title + label.replace("/", " of "), series))
     rates = list(dict.fromkeys(key for record in records for key in record.keys("learning_rate/")))
     if rates:
         series = _series(records, [(key, key.partition("/")[2]) for key in rates])
         found.append(charts.lines("learning rate", series, zero=True))
     return found
+
+
+def _labels(records: Sequence[Record], metric: str) -> list[str]:
+    """What follows a metric's key: nothing, or the names of several labels."""
+    starts = [f"{prefix}_{metric}" for prefix in ("train", "validation", "test")]
+    keys = (key for record in records for values in (record.result, *record.lines) for key in values)
+    found = (key.removeprefix(start) for key in keys for start in starts if key.startswith(start))
+    return list(dict.fromkeys(rest for rest in found if rest == "" or rest.startswith("/")))
+
+
+def _of_each_label(named: Iterable[tuple[str, str]], records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Keys and titles with what follows them."""
+    return [
+        (key + label, title + label.replace("/", " of ")) for key, title in named for label in _labels(records, key)
+    ]
 
 
 def _rows(records: Sequence[Record]) -> list[str]:
@@ -248,8 +265,13 @@ def _scores(scores: Scores | None, why: str) -> str:
     tenths = table(
         ["tenth", "rows", "from", "to", "mean predicted", "click rate", "predicted over actual"],
         [
-            [number, f"{n:,}", f"{low:.4f}", f"{high:.4f}", f"{mean:.4f}", f"{rate:.4f}", f"{mean / rate:.3f}" if rate else "-"]
-            for number, (n, low, high, mean, rate) in enumerate(points, start=1)
+            [
+                number,
+                f"{n:,}",
+                *(f"{value:.4f}" for value in values),
+                f"{values[2] / values[3]:.3f}" if values[3] else "-",
+            ]
+            for number, (n, *values) in enumerate(points, start=1)
         ],
     )
     columns = ("users", "rows", "click_rate", "auc", "gauc", "calibration_ratio")
@@ -267,7 +289,8 @@ def _data(record: Record) -> str:
     columns, spaces = record.manifest.get("data", {}).get("columns", {}), record.manifest.get("spaces", {})
     rows: list[list[object]] = []
     for prefix in ("train", "validation", "test"):
-        for key, title in (("rows", "rows"), ("click_rate", "click rate")):
+        named = (("rows", "rows"), ("click_rate", "click rate"))
+        for key, title in _of_each_label(named, [record]):
             value = _last(record, f"{prefix}_{key}")
             if value is not None:
                 rows.append([f"{prefix}: {title}" + (" of the last segment" * (prefix == "train")), _number(value)])
@@ -282,8 +305,8 @@ def _data(record: Record) -> str:
         found += table(
             ["ids", "kind", "features", "rows in use", "capacity"],
             [
-                [name, s.get("kind"), len(s.get("features", ())), f"{s.get('in_use', 0):,}", f"{s.get('capacity', 0):,}"]
-                for name, s in spaces.items()
+                [name, own["kind"], len(own["features"]), f"{own['in_use']:,}", f"{own['capacity']:,}"]
+                for name, own in spaces.items()
             ],
         )
     return found
@@ -296,6 +319,6 @@ def _description(records: Sequence[Record]) -> str:
         ranks = record.manifest.get("world_size")
         said = ", ".join(text for text in (f"{ranks} ranks" if ranks else "", versions) if text)
         whole = escape(json.dumps(record.config, indent=1)) if record.config else "run.json is not there"
-        found += f'<p>{escape(name)}: {escape(said or "versions are not known")}</p>'
+        found += f"<p>{escape(name)}: {escape(said or 'versions are not known')}</p>"
         found += f"<details><summary>run description of {escape(name)}</summary><pre>{whole}</pre></details>"
     return found

@@ -65,7 +65,7 @@ def _tables(tables: Sequence[Mapping[str, Any]]) -> str:
             table["dim"],
             table["sharding"],
             table["kernel"],
-            f"{table['shards']} of {' or '.join(f'{rows:,} x {columns}' for rows, columns in table['shard_sizes'][:2])}",
+            f"{table['shards']} of {table['shard_sizes'][0][0]:,} x {table['shard_sizes'][0][1]}",
             spans(table["ranks"]),
             f"{table['bytes'] / _GIB:,.3f}",
         ]

@@ -156,7 +156,7 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     ranks = _ranks(planned, physical, cluster.size)
     return found | {
         "fits": True,
-        "tables": [_table(table, planned) for table in physical],
+        "tables": [_table(table, planned, cluster.size) for table in physical],
         "ranks_in_detail": ranks,
         "bottleneck": _bottleneck(ranks, planned, physical),
         "growth": _growth(physical, planned, config, cluster),
@@ -206,7 +206,7 @@ def _notes(config: RunConfig, cluster: Cluster) -> list[str]:
     return [f"data.streams is {streams}, which {cluster.size} ranks cannot share equally; set it to {fair}"]
 
 
-def _table(table: PhysicalTable, planned: Planned) -> dict[str, Any]:
+def _table(table: PhysicalTable, planned: Planned, size: int) -> dict[str, Any]:
     """One physical table: what lies side by side in it, and where."""
     option = next(option for option in planned.options if option.name == table.name)
     sizes = {(int(shard.size[0]), int(shard.size[1])) for shard in option.shards}
@@ -218,13 +218,9 @@ def _table(table: PhysicalTable, planned: Planned) -> dict[str, Any]:
         "kernel": option.compute_kernel,
         "shards": len(option.shards),
         "shard_sizes": sorted(sizes, reverse=True),
-        "bytes": int(sum(shard_bytes(planned.placements, table, _size_of(planned)))),
+        "bytes": int(sum(shard_bytes(planned.placements, table, size))),
         "ranks": sorted({int(shard.rank) for shard in option.shards if shard.rank is not None}),
     }
-
-
-def _size_of(planned: Planned) -> int:
-    return 1 + max(int(shard.rank or 0) for option in planned.options for shard in option.shards)
 
 
 def _ranks(planned: Planned, physical: Sequence[PhysicalTable], size: int) -> list[dict[str, float]]:
@@ -331,7 +327,7 @@ def _scaled(space: IdSpace, factor: float) -> IdSpace:
 def _live(
     space: IdSpace, physical: Sequence[PhysicalTable], planned: Planned, config: RunConfig, cluster: Cluster
 ) -> int:
-    """Rows to which the table grows while training, by its factor: the old table is there until the new one is whole."""
+    """Rows to which the table grows while training, by its factor: the old one is there until the new one is whole."""
     placements = planned.placements
     while space.can_grow:
         larger = space.with_stripe(space.next_stripe(space.stripe + 1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from trainer.errors import MetricError
@@ -37,7 +38,7 @@ class Scores:
 
 
 def summarize(rows: ScoredRows, what: str) -> Scores:
-    """Scores of rows, weight aside."""
+    """Scores of rows; only the metrics count their weights."""
     probability = _sigmoid(rows.logits.double().numpy())
     clicked = rows.labels.numpy() == 1
     edges = np.linspace(0.0, 1.0, NUM_BARS + 1)
@@ -51,7 +52,9 @@ def summarize(rows: ScoredRows, what: str) -> Scores:
     )
 
 
-def reliability(probability: NDArray[np.float64], clicked: NDArray[np.bool_]) -> list[tuple[int, float, float, float, float]]:
+def reliability(
+    probability: NDArray[np.float64], clicked: NDArray[np.bool_]
+) -> list[tuple[int, float, float, float, float]]:
     """Rows, lowest, highest and mean probability, and click rate, of equal parts of the rows by probability.
 
     >>> reliability(np.array([0.2, 0.4]), np.array([False, True]))
@@ -79,7 +82,8 @@ def _segments(rows: ScoredRows) -> list[dict[str, Any]]:
         chosen = (counts >= low) & (counts <= (high or counts.max()))
         kept = np.flatnonzero(chosen[user])
         if len(kept):
-            own = ScoredRows(*(column[kept] for column in (rows.logits, rows.labels, rows.weights, rows.users)))
+            columns = (rows.logits, rows.labels, rows.weights, rows.users)
+            own = ScoredRows(*(column[torch.from_numpy(kept)] for column in columns))
             name = f"users of {low} to {high} rows" if high else f"users of {low} rows or more"
             found.append({"name": name, "users": int(chosen.sum()), **_metrics(own)})
     return found

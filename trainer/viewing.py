@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from trainer import checkpoint, records
+from trainer.by_label import counted
 from trainer.commands import check_model, columns_of, without_absent
 from trainer.config import RunConfig
-from trainer.dataset import Dataset, open_dataset
+from trainer.dataset import open_dataset
 from trainer.description import build
-from trainer.errors import OutputError, UserError
+from trainer.errors import CheckpointError, DataError, OutputError, UserError
 from trainer.evaluation import score_rows
 from trainer.location import Location, write_atomically
 from trainer.machines import machine_of
+from trainer.metrics import ScoredRows
 from trainer.page import render as render_page
 from trainer.plan_text import render as render_plan
 from trainer.planning import Cluster, plan
@@ -26,7 +29,7 @@ from trainer.schema import check_columns
 from trainer.scores import Scores, summarize
 from trainer.sharding import quiet_libraries
 from trainer.task import Prediction
-from trainer.world import World, join_world
+from trainer.world import join_world
 
 PAGE = "report.html"
 """The page, in the run's output unless another file is named."""
@@ -73,7 +76,7 @@ def report(path: Location, others: Sequence[Location], output: Location | None, 
     summary, why = None, "not scored, as --no-scores asked"
     if scores:
         try:
-            summary = _scored(path, found[0])
+            summary = _scored(path)
         except UserError as error:
             why = f"not scored: {error}"
     target = path / PAGE if output is None else output
@@ -86,17 +89,22 @@ def report(path: Location, others: Sequence[Location], output: Location | None, 
     return f"{target}: {len(page.encode()):,} bytes" + (f"; it says what is missing ({missing})" if missing else "")
 
 
-def _scored(path: Location, record: records.Record) -> Scores | None:
+def _scored(path: Location) -> Scores | None:
     """The first test rows, else validation rows, by the best checkpoint.
 
     Raises:
         UserError: there is no checkpoint, or no data.
     """
     with join_world(standalone=True) as world:
-        higher = record.config.get("evaluation", {}).get("higher_is_better", True)
-        step, manifest = checkpoint.best_good(path / "checkpoints", world, higher_is_better=bool(higher))
+        newest = checkpoint.newest_good(path / "checkpoints", world)
+        if newest is None:
+            raise CheckpointError("there is no whole checkpoint yet")
+        higher = build(RunConfig, newest[1].config).evaluation.higher_is_better
+        step, manifest = checkpoint.best_good(path / "checkpoints", world, higher_is_better=higher)
         config, columns = build(RunConfig, manifest.config), columns_of(manifest)
         what = "data.test" if config.data.test else "data.validation"
+        if not (config.data.test or config.data.validation):
+            raise DataError("the run has no test or validation files")
         dataset = open_dataset(config.data.test or config.data.validation, what)
         columns = without_absent(columns, dataset.files[0].schema.names)
         check_columns(columns, dataset)
@@ -105,12 +113,20 @@ def _scored(path: Location, record: records.Record) -> Scores | None:
 
         def take(prediction: Prediction) -> None:
             nonlocal taken
-            add_prediction(scored, prediction, world.device, bool(columns.user))
-            taken += prediction.batch.num_rows
+            rows, users = prediction.batch.num_rows, prediction.batch.raw.users
+            ids = None if users is None else torch.from_numpy(users[:rows]).to(world.device)
+            scored.add(*counted(prediction, 0)[:3], ids)
+            taken += rows
 
         score_rows(state, dataset, columns, config.data, take, lambda: taken >= MOST_SCORED)
         rows = scored.gather()
-        if rows is None:
-            return None
-        first = type(rows)(*(None if c is None else c[:MOST_SCORED] for c in (rows.logits, rows.labels, rows.weights, rows.users)))
-        return summarize(first, _what(dataset, what, len(first.labels), manifest.step))
+    if rows is None:
+        return None
+    users = None if rows.users is None else rows.users[:MOST_SCORED]
+    first = ScoredRows(rows.logits[:MOST_SCORED], rows.labels[:MOST_SCORED], rows.weights[:MOST_SCORED], users)
+    label = f" by {columns.label!r}" if len(columns.labels) > 1 else ""
+    return summarize(
+        first,
+        f"{len(first.labels):,} of {dataset.num_rows:,} rows of {what}{label}, scored with the best checkpoint, step "
+        f"{manifest.step}",
+    )
