@@ -32,7 +32,17 @@ from trainer.sharding import plan_rows, quiet_libraries
 from trainer.tables import lay_out, spaces_of
 from trainer.world import World, join_world, launched, ranks_launched
 
-_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json", GROWTH, STACKS)
+_WRITTEN = (
+    "checkpoints",
+    "tensorboard",
+    METRICS,
+    "plan.json",
+    "run.json",
+    "result.json",
+    GROWTH,
+    "report.html",
+    STACKS,
+)
 """All that a run writes in its output."""
 
 
