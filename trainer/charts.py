@@ -109,6 +109,7 @@ class _Scale:
     end: float
 
     def at(self, value: float) -> float:
+        """Where a value lies in the drawing."""
         return self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin)
 
 
