@@ -17,7 +17,7 @@ STAMP := $(VENV)/installed
 # TorchX's local scheduler looks for torchrun on PATH.
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: help install train test test-faults test-slurm test-hosts lint clean distclean
+.PHONY: help install train test test-faults test-slurm test-hosts test-browser lint clean distclean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -59,6 +59,9 @@ test-slurm: install ## run jobs on a real Slurm of two nodes on this machine (ro
 
 test-hosts: install ## run one job on two hosts and cut the link between them (root; network namespaces)
 	$(RUN) pytest -s tests/slurm/test_hosts.py
+
+test-browser: install ## look at a page of `report` in Chromium, light and dark, wide and narrow (Debian's chromium)
+	$(RUN) pytest -s tests/browser
 
 clean: ## remove what tools left behind; keeps .venv, data, runs and logs
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

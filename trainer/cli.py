@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from trainer import data_commands
+from trainer import data_commands, view_cli
 from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
 from trainer.errors import UserError
 from trainer.location import local, locate, without_secrets
@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     what = "write a run description for Parquet files or a prepared folder"
     data_commands.add_init_options(_command(commands, "init", what, _init))
+    plan = _command(commands, "plan", view_cli.PLAN, view_cli.run_plan)
+    view_cli.add_plan_arguments(plan)
+    _add_set(plan)
+    view_cli.add_report_arguments(_command(commands, "report", view_cli.REPORT, view_cli.run_report))
     doctor = _command(commands, "doctor", "say what is installed and whether it fits together", _doctor)
     doctor.epilog = "Exit code 1 if something must be mended; the fix is printed."
     return top

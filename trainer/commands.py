@@ -32,7 +32,17 @@ from trainer.sharding import plan_rows, quiet_libraries
 from trainer.tables import lay_out, spaces_of
 from trainer.world import World, join_world, launched, ranks_launched
 
-_WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "result.json", GROWTH, STACKS)
+_WRITTEN = (
+    "checkpoints",
+    "tensorboard",
+    METRICS,
+    "plan.json",
+    "run.json",
+    "result.json",
+    GROWTH,
+    "report.html",
+    STACKS,
+)
 """All that a run writes in its output."""
 
 
@@ -215,7 +225,7 @@ def _evaluate(path: Location, patterns: Sequence[str] | None, world: World) -> d
         if what is None:
             raise DataError("the run has no test or validation files; name some with --data")
         dataset = open_dataset(sources[what] or (), what)
-        columns = _without_absent(columns, dataset.files[0].schema.names)
+        columns = without_absent(columns, dataset.files[0].schema.names)
         check_columns(columns, dataset)
     check_same_files([dataset], world)
     state = load_state(path, manifest, config, len(columns.dense), world)
@@ -290,7 +300,7 @@ def columns_of(manifest: manifests.Manifest) -> Columns:
     return Columns(**saved | lists | {"crosses": crosses})
 
 
-def _without_absent(columns: Columns, known: Sequence[str]) -> Columns:
+def without_absent(columns: Columns, known: Sequence[str]) -> Columns:
     """Data to score need not have the generating probability, or the clock, of the data that was trained on."""
     probability = columns.probability if columns.probability in known else ""
     timestamp = columns.timestamp if columns.timestamp in known else ""

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
     EnumerableShardingSpec,
@@ -49,7 +49,7 @@ _BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
 _GLOO_BYTES_PER_MS = float(1 << 30) / 1000
 """What gloo moves between ranks, in order of magnitude; the planner would take hosts to be joined by NVLink."""
 
-_SHARE_FOR_TABLES = 0.85
+SHARE_FOR_TABLES = 0.85
 """Part of the memory that tables may take; the rest is the dense part, activations and batches."""
 
 
@@ -76,14 +76,14 @@ def memory_bytes(config: ShardingConfig, world: World) -> int:
     if config.memory_gib:
         return int(config.memory_gib * _GIB)
     if world.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(world.device).total_memory * _SHARE_FOR_TABLES)
+        return int(torch.cuda.get_device_properties(world.device).total_memory * SHARE_FOR_TABLES)
     return host_bytes(world)
 
 
 def host_bytes(world: World) -> int:
     """Memory for tables that each rank has of its host; on a GPU it is for tables beyond the device's."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
-    return int(total * _SHARE_FOR_TABLES)
+    return int(total * SHARE_FOR_TABLES)
 
 
 Placements = Mapping[str, ParameterSharding]
@@ -98,33 +98,59 @@ def plan_tables(
     Raises:
         ShardingError: the tables do not fit; the message has bytes needed and bytes offered per rank.
     """
-    collections = {name: build_collection(members) for name, members in collections_of(physical).items()}
-    for name, members in collections_of(physical).items():
-        fuse_in_backward(collections[name], members, ())
     offered = memory_bytes(config, world)
     on_cuda = world.device.type == "cuda"
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=world.size,
-            compute_device=world.device.type,
-            local_world_size=world.local_size,
-            hbm_cap=offered if on_cuda else None,
-            ddr_cap=host_bytes(world) if on_cuda else offered,
-            **({} if on_cuda else {"intra_host_bw": _GLOO_BYTES_PER_MS, "inter_host_bw": _GLOO_BYTES_PER_MS}),
-        ),
-        batch_size=rows_per_rank,
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        constraints={table.name: _constraint(table, config, world, rows_per_rank) for table in physical},
+    topology = Topology(
+        world_size=world.size,
+        compute_device=world.device.type,
+        local_world_size=world.local_size,
+        hbm_cap=offered if on_cuda else None,
+        ddr_cap=host_bytes(world) if on_cuda else offered,
+        **({} if on_cuda else {"intra_host_bw": _GLOO_BYTES_PER_MS, "inter_host_bw": _GLOO_BYTES_PER_MS}),
     )
+    planner = planner_for(physical, config, world, rows_per_rank, topology)
     plan: ShardingPlan = None
     with world.together():  # the planner's own collective_plan leaves the other ranks waiting when the chief's fails
         if world.is_chief:
             try:
-                plan = planner.plan(_Tables(collections), [sharder_for(config, world)])
+                plan = planner.plan(collections_to_plan(physical), [sharder_for(config, world)])
             except PlannerError as error:
-                raise ShardingError(_does_not_fit(physical, offered, world, error)) from error
-    members = world.gather(plan)[0].plan.values()
-    return {name: placement for tables in members for name, placement in tables.items()}
+                raise ShardingError(does_not_fit(physical, offered, world, error)) from error
+    return placements_of(world.gather(plan)[0])
+
+
+def placements_of(plan: ShardingPlan) -> Placements:
+    """Where the planner put each physical table."""
+    return {name: placement for tables in plan.plan.values() for name, placement in tables.items()}
+
+
+def planner_for(
+    physical: Sequence[PhysicalTable],
+    config: ShardingConfig,
+    world: World,
+    rows_per_rank: int,
+    topology: Topology,
+    callbacks: Sequence[Callable[[list[ShardingOption]], list[ShardingOption]]] = (),
+) -> EmbeddingShardingPlanner:
+    """TorchRec's planner of these tables for ``topology``; ``world`` need not be joined.
+
+    ``callbacks`` are given the best plan with the estimates of each shard, and return what is to be used.
+    """
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=rows_per_rank,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        constraints={table.name: _constraint(table, config, world, rows_per_rank) for table in physical},
+        callbacks=list(callbacks),
+    )
+
+
+def collections_to_plan(physical: Sequence[PhysicalTable]) -> nn.Module:
+    """The collections without memory, with the moments that the planner counts, as the task has them."""
+    collections = {name: build_collection(members) for name, members in collections_of(physical).items()}
+    for name, members in collections_of(physical).items():
+        fuse_in_backward(collections[name], members, ())
+    return _Tables(collections)
 
 
 class _Tables(nn.Module):
@@ -147,7 +173,8 @@ def _constraint(table: PhysicalTable, config: ShardingConfig, world: World, rows
     )
 
 
-def _does_not_fit(physical: Sequence[PhysicalTable], offered: int, world: World, error: PlannerError) -> str:
+def does_not_fit(physical: Sequence[PhysicalTable], offered: int, world: World, error: PlannerError) -> str:
+    """What is wrong, in one line: bytes needed and bytes offered, and what to do."""
     largest = max(physical, key=state_bytes)
     needed = sum(state_bytes(table) for table in physical)
     reason = str(error).strip().splitlines()[0]
@@ -228,7 +255,7 @@ def rank_bytes(placements: Placements, physical: Sequence[PhysicalTable], world_
     totals = [0.0] * world_size
     for table in physical:
         share = DEVICE_SHARE.get(placements[table.name].compute_kernel, 1.0)
-        for rank, size in enumerate(_table_bytes(placements, table, world_size)):
+        for rank, size in enumerate(shard_bytes(placements, table, world_size)):
             totals[rank] += size * share
     return [int(total) for total in totals]
 
@@ -255,7 +282,7 @@ def plan_rows(placements: Placements, physical: Sequence[PhysicalTable], world_s
             "kernel": placements[table.name].compute_kernel,
             "mib_per_rank": [
                 round(size * part.table.dim / table.parts[-1].end / (1 << 20), 3)
-                for size in _table_bytes(placements, table, world_size)
+                for size in shard_bytes(placements, table, world_size)
             ],
         }
         for table in physical
@@ -263,7 +290,7 @@ def plan_rows(placements: Placements, physical: Sequence[PhysicalTable], world_s
     ]
 
 
-def _table_bytes(placements: Placements, table: PhysicalTable, world_size: int) -> list[float]:
+def shard_bytes(placements: Placements, table: PhysicalTable, world_size: int) -> list[float]:
     """Bytes of one physical table with its moments on each rank."""
     total, spec = state_bytes(table), placements[table.name].sharding_spec
     if spec is None:
