@@ -83,6 +83,10 @@ ORDER = (
     "loop",
     "inspection",
     "interchange",
+    "artifact",
+    "scorer",
+    "serve",
+    "export",
     "plots",
     "click_model",
     "splits",
@@ -106,7 +110,7 @@ MAY_IMPORT = {"models": {"models", "torch"}, "launch": {"launch", "torchx"}}
 NEVER_IMPORTED_BY_TRAINER = {"launch", "benchmarks", "tests"}
 
 # `python -m trainer --help` imports these, and has half a second.
-LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "cli", "__main__")
+LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "serve", "cli", "__main__")
 HEAVY = {
     "torch",
     "torchrec",

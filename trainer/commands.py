@@ -17,6 +17,7 @@ from trainer.dataset import Dataset, open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
+from trainer.export import Stored, export_model
 from trainer.guard import STACKS, Guard
 from trainer.location import Location, delete, locate, names_in, write_atomically
 from trainer.lock import only_run
@@ -183,6 +184,18 @@ def export_state_dict(path: Location, out: Path) -> str:
     log_to_terminal()
     quiet_libraries()
     return interchange.export_state_dict(path, out)
+
+
+def export(path: Location, out: Path, stored: Stored | None, *, since: Location | None, overwrite: bool) -> str:
+    """Write a checkpoint as a model to serve, or what changed ``since`` an earlier one; what was done, in words.
+
+    Raises:
+        UserError: there is no good checkpoint, it does not follow from ``since``, or the folder cannot be written.
+    """
+    _refuse_ranks("export")
+    log_to_terminal()
+    quiet_libraries()
+    return export_model(path, out, stored, since=since, overwrite=overwrite)
 
 
 def _refuse_ranks(command: str) -> None:
