@@ -80,6 +80,7 @@ ORDER = (
     "report",
     "diagnostics",
     "run",
+    "continuing",
     "loop",
     "inspection",
     "interchange",

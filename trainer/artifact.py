@@ -273,7 +273,8 @@ def _table(path: Path, table: Mapping[str, Any], *, mapped: bool = True) -> Tabl
         raise ServingError(f"{path / table['file']} is {cells.dtype}, expected {table['stored']}; export it again")
     scales = _array(path, table["scales"], mapped=mapped) if table["scales"] else None
     names = ("name", "role", "dim", "pooling", "space")
-    return Table(*(table[n] for n in names[:4]), tuple(table["features"]), table["space"], Rows(cells, scales))
+    described = {name: table[name] for name in names}
+    return Table(**described, features=tuple(table["features"]), rows=Rows(cells, scales))
 
 
 def load_graph(path: Path) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -303,7 +304,7 @@ def _refuse_code(archive: zipfile.ZipFile) -> None:
             if "sample_inputs" in name:
                 try:
                     torch.load(file, weights_only=True)
-                except Exception as error:  # noqa: BLE001 - of whatever kind: torch would then run it
+                except Exception as error:
                     raise ServingError(f"{name} holds more than tensors; export it again") from error
             elif name.endswith(".json"):
                 _refuse_odd_parts(name, json.load(file))

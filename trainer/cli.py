@@ -67,6 +67,12 @@ def _add_train(commands: Commands) -> None:
     train.add_argument("config", type=local, metavar="RUN.toml", help="the run description")
     _add_set(train)
     train.add_argument(
+        "--continue-from",
+        type=locate,
+        metavar="CHECKPOINT",
+        help="begin with the state of another run's checkpoint, or its newest good one, and train it on new data",
+    )
+    train.add_argument(
         "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
     )
     train.add_argument(
@@ -228,9 +234,9 @@ def _add_export(commands: Commands) -> None:
 
 
 _SERVING = """
-OUT gets the ids that have rows, these rows and the cold row, the dense part as a graph of torch.export, and serve.py: it
-serves them with torch and numpy alone. It appears whole, or not at all. Moments are left out. With --since, OUT has only
-what is new, changed or gone, which a server of the earlier model takes in by POST /update.
+OUT gets the ids that have rows, these rows and the cold row, the dense part as a graph of torch.export, and serve.py,
+which serves them with torch and numpy alone. Moments are left out. It appears whole, or not at all. With --since, OUT
+has only what is new, changed or gone, which a server of the earlier model takes in by POST /update.
 """
 
 
@@ -306,7 +312,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     from trainer import commands
 
-    finished = commands.train(config, fresh=arguments.fresh, confirmed=arguments.yes)
+    finished = commands.train(
+        config, fresh=arguments.fresh, confirmed=arguments.yes, continue_from=arguments.continue_from
+    )
     return DONE if finished else RESTART
 
 

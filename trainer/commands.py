@@ -13,6 +13,7 @@ import models
 from trainer import checkpoint, interchange, loop
 from trainer import manifest as manifests
 from trainer.config import LARGEST_BATCH, RunConfig, to_plain
+from trainer.continuing import beginning_of, with_known_numbers
 from trainer.dataset import Dataset, open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
@@ -37,8 +38,10 @@ _WRITTEN = ("checkpoints", "tensorboard", METRICS, "plan.json", "run.json", "res
 """All that a run writes in its output."""
 
 
-def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
+def train(config: RunConfig, *, fresh: bool, confirmed: bool, continue_from: Location | None = None) -> bool:
     """Train to the end of the run and score its test data; False if a signal stopped it in a state to go on from.
+
+    ``continue_from``: another run's checkpoint, whose state is that to begin with.
 
     However it ends, a mistake of the user included, what it recorded until then is drawn.
 
@@ -53,12 +56,13 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     quiet_libraries()
     guard = Guard(config.preemption, config.watchdog, output / STACKS if isinstance(output, Path) else None)
     with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
-        inputs = open_inputs(config, world)
+        beginning = beginning_of(continue_from, config, world, fresh=fresh)
+        inputs = open_inputs(with_known_numbers(config, beginning), world)
         check_machine(inputs, world)
         with only_run(config.output, world):
             if fresh:
                 _clear(output, world)
-            run = start(inputs, world)
+            run = start(inputs, world, beginning.state if beginning else None)
             _announce(run)
             try:
                 with guard.work():

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
+from torch import nn
 
 from trainer import artifact, checkpoint
 from trainer import scorer as scorer_code
@@ -31,7 +32,6 @@ from trainer.contents import SavedSpace
 from trainer.description import build
 from trainer.errors import OutputError
 from trainer.location import Location, is_folder, is_there, sync_directory
-from trainer.manifest import Manifest
 from trainer.state import build_model
 from trainer.storage import Reader
 
@@ -89,18 +89,19 @@ class SavedModel:
         model = build_model(self.config, num_dense)
         saved = self._reader.read_all([f"dense/{name}" for name in self.manifest.dense])
         model.load_state_dict({name: saved[f"dense/{name}"] for name in self.manifest.dense})
-        model.eval().requires_grad_(False)
         embeddings, linear = ([t for t in self.config.tables if t.role == role] for role in ("embedding", "linear"))
         num_fields, num_linear = (sum(len(t.features) for t in tables) for tables in (embeddings, linear))
-        example = (
-            torch.zeros(_EXAMPLE_ROWS, num_dense),
-            torch.zeros(_EXAMPLE_ROWS, num_fields, embeddings[0].dim if embeddings else 0),
-            torch.zeros(_EXAMPLE_ROWS, num_linear),
-        )
-        rows = torch.export.Dim("rows", min=1)
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            exported = torch.export.export(model, example, dynamic_shapes=({0: rows},) * 3, strict=False)
-            torch.export.save(exported, str(path))
+        write_graph(model, path, [(num_dense,), (num_fields, embeddings[0].dim if embeddings else 0), (num_linear,)])
+
+
+def write_graph(model: nn.Module, path: Path, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Write a model as a graph for any number of rows; ``shapes``: of its inputs, for one row."""
+    example = tuple(torch.zeros(_EXAMPLE_ROWS, *shape) for shape in shapes)
+    rows = torch.export.Dim("rows", min=1)
+    model.eval().requires_grad_(False)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        exported = torch.export.export(model, example, dynamic_shapes=({0: rows},) * len(shapes), strict=False)
+        torch.export.save(exported, str(path))
 
 
 def _ids_of(space: SavedSpace) -> Int64s:

@@ -72,8 +72,10 @@ class Scorer:
 
     def answers_as(self, other: Scorer) -> bool:
         """Whether rows that the other has read can be scored by this one."""
-        same = (self.features, self._dense, self.outputs) == (other.features, other._dense, other.outputs)
-        return same and self._only_numbers == other._only_numbers
+        return self._reads() == other._reads()
+
+    def _reads(self) -> list[Any]:
+        return [self.features, self._dense, self.outputs, self._only_numbers]
 
     def read(self, rows: Any) -> Rows:
         """Rows as JSON gives them: a list of objects with the features' values.

@@ -111,6 +111,7 @@ class Service:
             "step": model.manifest["step"],
             "outputs": self.scorer.outputs,
             "features": self.scorer.features,
+            "at_work": self.at_work,
             **self.counts,
         }
 
@@ -199,11 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
         from trainer.artifact import ServingError
 
         service = self.server.service
+        came_too_late = service.ending.is_set()
         service.answering(+1)
         try:
             try:
                 body = self._body() if self.command == "POST" else None
-                if service.ending.is_set():
+                if came_too_late:
                     raise HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is ending")
                 if self.path not in actions:
                     method = {"GET": "POST", "POST": "GET"}[self.command]
