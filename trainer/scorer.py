@@ -19,6 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from trainer.artifact import Artifact, Int64s, ServingError, Table
 
+_MOST_NAMED = 10
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -96,7 +97,7 @@ class Scorer:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise ServingError(
                     f"row {number}: {name!r} is no feature of this model; "
-                    + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}")
+                    + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)[:_MOST_NAMED])}")
                 )
         sparse = [self._ids_of(name, rows) for name in self._numbers]
         dense = [self._numbers_of(rule, rows) for rule in self._dense]
