@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -69,12 +70,14 @@ def test_what_cannot_be_written_or_does_not_follow_is_one_line_and_leaves_nothin
     call("export", run, tmp_path / "mine", "--overwrite").complains_of("mine exists; name another folder or name one")
     call("export", tmp_path / "mine", out).complains_of("is neither a whole checkpoint nor the output of a run")
     with largest_file(200):
-        call("export", run, out).complains_of("out cannot be written: File too large; name another folder")
+        call("export", run, out).complains_of("out cannot be written: it could not be written whole")
     exported(served_run, out)
     version = read_manifest(out)["version"]
     call("export", run, out).complains_of("out exists; name another folder or pass --overwrite")
     with largest_file(200):
-        call("export", run, out, "--overwrite", "--rows", "int8").complains_of("out cannot be written: File too large")
+        call("export", run, out, "--overwrite", "--rows", "int8").complains_of(
+            "out cannot be written: it could not be written whole"
+        )
     assert read_manifest(out)["version"] == version
     call("export", run, tmp_path / "x", "--since", out, "--rows", "int8").complains_of("stores its rows as float32")
     exported(served_run, out, "--overwrite", "--rows", "int8", step=STEPS[0])
@@ -98,7 +101,8 @@ def test_eight_bits_are_within_half_a_step_of_each_row(tmp_path: Path) -> None:
 def test_every_model_becomes_a_graph_of_plain_operators_for_any_number_of_rows(tmp_path: Path) -> None:
     """Of each kind the last variant, which has the most options."""
     chosen = dict(VARIANTS)
-    assert chosen.keys() == models.MODELS.keys()
+    others = {"sequences", "tasks"}  # what no server reads
+    assert chosen.keys() == {k for k, m in models.MODELS.items() if not others & {*inspect.signature(m).parameters}}
     for kind, options in chosen.items():
         torch.manual_seed(0)
         model = make(kind, options).eval()

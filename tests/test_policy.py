@@ -98,6 +98,7 @@ ORDER = (
     "predict",
     "doctor",
     "commands",
+    "serving_commands",
     "grid",
     "trials",
     "comparison",
@@ -134,7 +135,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 # Modules that are tested in the file of the module that they belong to.
-TESTED_IN = {"__main__": "test_cli.py", "errors": "test_cli.py"}
+TESTED_IN = {"__main__": "test_cli.py", "errors": "test_cli.py", "serving_commands": "test_serve.py"}
 
 
 def modules(*rooms: str) -> list[Path]:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
-from trainer.errors import OutputError, UserError
+from trainer.errors import UserError
 from trainer.location import local, locate, without_secrets
-from trainer.serve import add_options
+from trainer.serving_commands import add_serving
 from trainer.world import LostLinkError, is_first_of_job
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_import(commands)
     _add_export(commands)
-    _add_serving(commands)
+    add_serving(lambda name, what, handler: _command(commands, name, what, handler))
     _add_sample_data(commands)
     _add_prepare(commands)
     doctor = _command(commands, "doctor", "say what is installed and whether it fits together", _doctor)
@@ -233,32 +233,6 @@ def _add_export(commands: Commands) -> None:
     export.add_argument("out", type=local, metavar="OUT.pt", help="the file to write")
 
 
-_SERVING = """
-OUT gets the ids that have rows, these rows and the cold row, the dense part as a graph of torch.export, and serve.py,
-which serves them with torch and numpy alone. Moments are left out. It appears whole, or not at all. With --since, OUT
-has only what is new, changed or gone, which a server of the earlier model takes in by POST /update.
-"""
-
-
-def _add_serving(commands: Commands) -> None:
-    export = _command(commands, "export", "write a checkpoint as a model to serve, with torch alone", _export_serving)
-    export.epilog = _SERVING
-    export.add_argument(
-        "path", type=locate, metavar="CHECKPOINT", help="a checkpoint, or a run's output (its newest good one)"
-    )
-    export.add_argument("out", type=local, metavar="OUT", help="the folder to write")
-    export.add_argument(
-        "--rows",
-        choices=("float32", "float16", "int8"),
-        help="how rows are stored; int8: 8 bits with a scale and an offset a row (default float32, or as in --since)",
-    )
-    export.add_argument(
-        "--since", type=locate, metavar="EARLIER", help="an export or a checkpoint; write what changed since"
-    )
-    export.add_argument("--overwrite", action="store_true", help="replace the export that is there")
-    add_options(_command(commands, "serve", "serve an export over HTTP, until SIGTERM", _serve), None)
-
-
 def _form(name: str) -> dict[str, Any]:
     return {"dest": "form", "action": "store_const", "const": name, "default": "text"}
 
@@ -379,27 +353,6 @@ def _export(arguments: argparse.Namespace) -> int:
 
     _print(commands.export_state_dict(arguments.path, arguments.out))
     return DONE
-
-
-def _export_serving(arguments: argparse.Namespace) -> int:
-    from trainer import commands
-
-    _print(
-        commands.export(
-            arguments.path, arguments.out, arguments.rows, since=arguments.since, overwrite=arguments.overwrite
-        )
-    )
-    return DONE
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from trainer import serve
-    from trainer.artifact import ServingError
-
-    try:
-        return serve.run(arguments)
-    except ServingError as error:
-        raise OutputError(str(error)) from error
 
 
 def _sample_data(arguments: argparse.Namespace) -> int:

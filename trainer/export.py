@@ -32,6 +32,7 @@ from trainer.contents import SavedSpace
 from trainer.description import build
 from trainer.errors import OutputError
 from trainer.location import Location, is_folder, is_there, sync_directory
+from trainer.plain import TORN
 from trainer.state import build_model
 from trainer.storage import Reader
 
@@ -52,10 +53,14 @@ class SavedModel:
         """Of a checkpoint, or a run's newest good one.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none. OutputError: it is of a kind that is not served.
         """
         self.path, self.manifest = checkpoint.find(path)
         self.config: RunConfig = build(RunConfig, self.manifest.config)
+        with_sequences = [table.name for table in self.config.tables if table.sequences]
+        if with_sequences or len(self.config.data.labels) > 1:
+            what = f"table {with_sequences[0]!r} has sequences" if with_sequences else "it has several labels"
+            raise OutputError(f"{self.path} cannot be exported: {what}, which no server reads; use predict")
         self._reader = Reader(self.path)
         self.spaces = {name: SavedSpace(name, self.manifest, self._reader) for name in self.manifest.spaces}
         self.ids = {name: _ids_of(space) for name, space in self.spaces.items()}
@@ -364,10 +369,14 @@ def _appearing(out: Path, *, replaces: bool) -> Iterator[Path]:
             out.replace(old)
         folder.replace(out)
         sync_directory(out.parent)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         if old.exists() and not out.exists():
             old.replace(out)
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}; name another folder") from error
+        if isinstance(error, RuntimeError) and TORN not in str(error):
+            raise
+        known = error.strerror if isinstance(error, OSError) else None
+        reason = known or "it could not be written whole, as on a full disk"
+        raise OutputError(f"{out} cannot be written: {reason}; name another folder") from error
     finally:
         for left in (folder, old):
             if is_folder(left):
