@@ -9,7 +9,19 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import accuracy, idmap, limits, multitask, peers, reading, scaling, sequences, stall, throughput
+from benchmarks import (
+    accuracy,
+    idmap,
+    limits,
+    multitask,
+    peers,
+    reading,
+    scaling,
+    sequences,
+    serving,
+    stall,
+    throughput,
+)
 from benchmarks.record import RESULTS, ROOT
 
 README = ROOT / "benchmarks" / "README.md"
@@ -96,6 +108,11 @@ def standing_still(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{stall.table_of(record)}"
 
 
+def answering(record: dict[str, Any]) -> str:
+    """The record of serving.py."""
+    return f"{_origin(record)}\n\n{serving.tables_of(record)}"
+
+
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -109,6 +126,7 @@ def rendered(results: Path) -> str:
         "reading": ready_batches,
         "scaling": larger,
         "sequences": attending,
+        "serving": answering,
         "stall": standing_still,
         "throughput": as_started,
     }

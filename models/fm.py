@@ -32,7 +32,11 @@ def pairwise(embeddings_BFD: Tensor) -> Tensor:
 
 def pairs_of_rows(rows_BFP: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """``pairwise`` of the first ``dim`` columns of each field, [B], and the sum of the fields' columns, [B, P]."""
-    sums_BP, squares_B = rows_BFP.sum(dim=1), rows_BFP.new_empty(len(rows_BFP))
+    sums_BP = rows_BFP.sum(dim=1)
+    if torch.compiler.is_exporting():  # to a graph for any number of rows: the cut would be part of it
+        squares_B = rows_BFP.square().sum(dim=1)[:, :dim].sum(dim=1)
+        return 0.5 * (sums_BP[:, :dim].square().sum(dim=1) - squares_B), sums_BP
+    squares_B = rows_BFP.new_empty(len(rows_BFP))
     at_once = _ROWS_AT_ONCE if rows_BFP.is_cpu else max(1, len(rows_BFP))
     for rows, squares in zip(rows_BFP.split(at_once), squares_B.split(at_once), strict=True):
         torch.sum(rows.square().sum(dim=1)[:, :dim], dim=1, out=squares)

@@ -47,7 +47,7 @@ class FNN(CTRModel):
         weights_BF, flat_BI = linear_BF, embeddings_BFD.flatten(start_dim=1)
         if self.linear.projection is not None:
             weights_BF = (embeddings_BFD * self.linear.projection.weight.view(embeddings_BFD.shape[1:])).sum(dim=2)
-        parts = [self.linear.bias.expand(len(flat_BI), 1), weights_BF, flat_BI]
+        parts = [self.linear.bias.expand(flat_BI.shape[0], 1), weights_BF, flat_BI]
         parts += [] if self.linear.dense is None else [dense_BN * self.linear.dense.weight]
         logits_B: Tensor = self.mlp(torch.cat(parts, dim=1))
         return logits_B

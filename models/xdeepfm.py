@@ -105,6 +105,8 @@ def products(x_PC: Tensor, x0_FC: Tensor) -> Tensor:
 
 def blocks(x_PC: Tensor, x0_FC: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Both cut alike into blocks of columns whose products fit into a cache; whole where it is not a CPU's."""
+    if torch.compiler.is_exporting():  # to a graph for any number of columns: the cut would be part of it
+        return [(x_PC, x0_FC)]
     at_once = max(1, _PRODUCTS_AT_ONCE // (len(x_PC) * len(x0_FC))) if x_PC.is_cpu else max(1, x_PC.shape[1])
     return list(zip(x_PC.split(at_once, dim=1), x0_FC.split(at_once, dim=1), strict=True))
 

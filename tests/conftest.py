@@ -31,3 +31,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_click_log(directory)
     assert call("train", run_toml(directory)).code == 0
     return directory
+
+
+@pytest.fixture(scope="session")
+def served_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of ``tests/served.py``, trained once for all tests of exports."""
+    from tests.served import train_run
+
+    return train_run(tmp_path_factory.mktemp("served"))

@@ -87,9 +87,14 @@ ORDER = (
     "charts",
     "page",
     "run",
+    "continuing",
     "loop",
     "inspection",
     "interchange",
+    "artifact",
+    "scorer",
+    "serve",
+    "export",
     "plots",
     "click_model",
     "splits",
@@ -108,6 +113,7 @@ ORDER = (
     "predict",
     "doctor",
     "commands",
+    "serving_commands",
     "grid",
     "trials",
     "comparison",
@@ -125,7 +131,10 @@ MAY_IMPORT = {"models": {"models", "torch"}, "launch": {"launch", "torchx"}}
 NEVER_IMPORTED_BY_TRAINER = {"launch", "benchmarks", "tests"}
 
 # `python -m trainer --help` imports these, and has half a second.
-LIGHT = ("errors", "remote", "location", "config", "description", "doctor", "data_commands", "cli", "__main__")
+LIGHT = (
+    *("errors", "remote", "location", "config", "description", "doctor", "data_commands", "serve", "cli"),
+    "__main__",
+)
 HEAVY = {
     "torch",
     "torchrec",
@@ -160,6 +169,7 @@ TESTED_IN = {
     "charts": "test_page.py",
     "records": "test_page.py",
     "scores": "test_page.py",
+    "serving_commands": "test_serve.py",
     "view_cli": "test_viewing.py",
 }
 

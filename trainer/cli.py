@@ -14,6 +14,7 @@ from trainer import data_commands, view_cli
 from trainer.ending import DONE, INTERRUPTED, MISTAKE, RESTART, how_to_go_on, leave, note_for_launcher
 from trainer.errors import UserError
 from trainer.location import local, locate, without_secrets
+from trainer.serving_commands import add_serving
 from trainer.world import LostLinkError, is_first_of_job
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_import(commands)
     _add_export(commands)
+    add_serving(lambda name, what, handler: _command(commands, name, what, handler))
     _add_sample_data(commands)
     _add_prepare(commands)
     what = "write a run description for Parquet files or a prepared folder"
@@ -71,6 +73,12 @@ def _add_train(commands: Commands) -> None:
     train = _command(commands, "train", "train from a run description; an existing output is resumed", _train)
     train.add_argument("config", type=local, metavar="RUN.toml", help="the run description")
     _add_set(train)
+    train.add_argument(
+        "--continue-from",
+        type=locate,
+        metavar="CHECKPOINT",
+        help="begin with the state of another run's checkpoint, or its newest good one, and train it on new data",
+    )
     train.add_argument(
         "--fresh", action="store_true", help="start anew instead of resuming; with --yes, delete what is there"
     )
@@ -287,7 +295,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load(arguments.config, arguments.overrides)
     from trainer import commands
 
-    finished = commands.train(config, fresh=arguments.fresh, confirmed=arguments.yes)
+    finished = commands.train(
+        config, fresh=arguments.fresh, confirmed=arguments.yes, continue_from=arguments.continue_from
+    )
     return DONE if finished else RESTART
 
 

@@ -13,10 +13,12 @@ import models
 from trainer import checkpoint, interchange, loop
 from trainer import manifest as manifests
 from trainer.config import LARGEST_BATCH, RunConfig, to_plain
+from trainer.continuing import beginning_of, with_known_numbers
 from trainer.dataset import Dataset, open_dataset
 from trainer.description import build
 from trainer.errors import ConfigError, DataError, OutputError, UserError
 from trainer.evaluation import score
+from trainer.export import Stored, export_model
 from trainer.guard import STACKS, Guard
 from trainer.location import Location, delete, locate, names_in, write_atomically
 from trainer.lock import only_run
@@ -46,8 +48,10 @@ _WRITTEN = (
 """All that a run writes in its output."""
 
 
-def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
+def train(config: RunConfig, *, fresh: bool, confirmed: bool, continue_from: Location | None = None) -> bool:
     """Train to the end of the run and score its test data; False if a signal stopped it in a state to go on from.
+
+    ``continue_from``: another run's checkpoint, whose state is that to begin with.
 
     However it ends, a mistake of the user included, what it recorded until then is drawn.
 
@@ -62,12 +66,13 @@ def train(config: RunConfig, *, fresh: bool, confirmed: bool) -> bool:
     quiet_libraries()
     guard = Guard(config.preemption, config.watchdog, output / STACKS if isinstance(output, Path) else None)
     with guard, join_world(standalone=not launched(), timeout_seconds=config.watchdog.pause_seconds) as world:
-        inputs = open_inputs(config, world)
+        beginning = beginning_of(continue_from, config, world, fresh=fresh)
+        inputs = open_inputs(with_known_numbers(config, beginning), world)
         check_machine(inputs, world)
         with only_run(config.output, world):
             if fresh:
                 _clear(output, world)
-            run = start(inputs, world)
+            run = start(inputs, world, beginning.state if beginning else None)
             _announce(run)
             try:
                 with guard.work():
@@ -193,6 +198,18 @@ def export_state_dict(path: Location, out: Path) -> str:
     log_to_terminal()
     quiet_libraries()
     return interchange.export_state_dict(path, out)
+
+
+def export(path: Location, out: Path, stored: Stored | None, *, since: Location | None, overwrite: bool) -> str:
+    """Write a checkpoint as a model to serve, or what changed ``since`` an earlier one; what was done, in words.
+
+    Raises:
+        UserError: there is no good checkpoint, it does not follow from ``since``, or the folder cannot be written.
+    """
+    _refuse_ranks("export")
+    log_to_terminal()
+    quiet_libraries()
+    return export_model(path, out, stored, since=since, overwrite=overwrite)
 
 
 def _refuse_ranks(command: str) -> None:

@@ -248,7 +248,8 @@ def load_into(state: TrainState, manifest: Manifest, reader: Reader) -> None:
             tasks += [threads.submit(_carry, move, reader, relocation) for move in _moves_to(piece, manifest)]
         for task in tasks:
             task.result()
-    state.start_at(manifest.step)
+    state.earlier_steps = manifest.earlier_steps
+    state.start_at(manifest.earlier_steps + manifest.step)
 
 
 def restore_ids(live: SpaceState, relocation: Relocation, world: World) -> None:

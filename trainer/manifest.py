@@ -72,6 +72,9 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     """Path within the checkpoint to ``bytes`` and ``xxh3_128``."""
 
+    earlier_steps: int = 0
+    """Steps of the runs that this one goes on from: optimizers, schedules and clocks count them too."""
+
     format: int = FORMAT
 
     def best(self, higher_is_better: bool) -> tuple[int, float] | None:

@@ -140,7 +140,7 @@ class Tables(Protocol):
         """Names of the spaces that each collection of tables reads, in the order of its tables."""
 
     def step_after(self, cursor: Cursor) -> int:
-        """Steps of the run that lie before a cursor."""
+        """Steps of the run, and of those that it goes on from, that lie before a cursor."""
 
     @property
     def equally_long(self) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,8 +158,10 @@ def check_machine(inputs: Inputs, world: World) -> None:
         _check_size(inputs, world)
 
 
-def start(inputs: Inputs, world: World) -> Run:
+def start(inputs: Inputs, world: World, begin: Callable[[Inputs, World, int], TrainState] | None = None) -> Run:
     """The run at the newest good checkpoint of its output, or at its beginning. Collective.
+
+    ``begin(inputs, world, epoch_steps)``: what makes the state to begin with, if not the run description alone.
 
     Raises:
         CheckpointError: the newest good checkpoint belongs to another run; the message names the field that differs.
@@ -171,6 +173,8 @@ def start(inputs: Inputs, world: World) -> Run:
     directory = locate(inputs.config.output) / "checkpoints"
     found = checkpoint.newest_good(directory, world)
     if found is None:
+        if begin is not None:
+            return Run(inputs, begin(inputs, world, epoch_steps), Cursor(0, 0), ())
         state = build_state(inputs.config, len(inputs.columns.dense), world, epoch_steps=epoch_steps)
         return Run(inputs, state, Cursor(0, 0), ())
     path, manifest = found
@@ -224,25 +228,30 @@ def check_same_run(manifest: Manifest, inputs: Inputs, path: Location) -> None:
     Raises:
         CheckpointError: which field differs, with both values.
     """
-    ours = to_plain(inputs.config)
+    for name, before, now in differences(manifest, inputs.config, _MUST_MATCH, _TABLES_MUST_MATCH):
+        raise CheckpointError(
+            f"{name} is {before!r} in checkpoint {path} and {now!r} in the run; change it back, or name another output"
+        )
+    difference = inputs.train.differs_from(manifest.data)
+    if difference:
+        raise CheckpointError(f"{difference} {path}; restore the files, or name another output")
+
+
+def differences(
+    manifest: Manifest, config: RunConfig, names: Sequence[str], of_tables: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """What a checkpoint's run description and another have different values of, and both, of the named keys."""
+    ours = to_plain(config)
     saved_run = manifest.config
-    pairs = [(name, _at(saved_run, name, _WHERE_ABSENT.get(name)), _at(ours, name)) for name in _MUST_MATCH]
+    pairs = [(name, _at(saved_run, name, _WHERE_ABSENT.get(name)), _at(ours, name)) for name in names]
     for number, (saved, own) in enumerate(zip(saved_run["tables"], ours["tables"], strict=False)):
         was = {"sequences": []} | saved  # as in checkpoints from before there were any
-        pairs += [(f"tables[{number}].{name}", was.get(name), own.get(name)) for name in _TABLES_MUST_MATCH]
+        pairs += [(f"tables[{number}].{name}", was.get(name), own.get(name)) for name in of_tables]
         pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
         if own["ids"] == "hashed":  # a row is a hash modulo their number
             pairs.append((f"tables[{number}].rows", saved["rows"], own["rows"]))
     pairs.append(("number of tables", len(saved_run["tables"]), len(ours["tables"])))
-    for name, before, now in pairs:
-        if before != now:
-            raise CheckpointError(
-                f"{name} is {before!r} in checkpoint {path} and {now!r} in the run; "
-                "change it back, or name another output"
-            )
-    difference = inputs.train.differs_from(manifest.data)
-    if difference:
-        raise CheckpointError(f"{difference} {path}; restore the files, or name another output")
+    return (pair for pair in pairs if pair[1] != pair[2])
 
 
 def _at(plain: dict[str, Any], dotted: str, absent: Any = None) -> Any:
@@ -290,6 +299,7 @@ def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[in
         plan=plan_rows(state.placements, state.physical, state.world.size),
         blocks=(),
         evaluations=tuple(evaluations),
+        earlier_steps=state.earlier_steps,
         versions=versions(),
         files={},
     )

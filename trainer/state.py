@@ -78,6 +78,9 @@ class TrainState:
     epoch_steps: int
     """Global batches in an epoch of the training data."""
 
+    earlier_steps: int = 0
+    """Steps of the runs that this one goes on from."""
+
     _pipeline: TrainPipelineSparseDist | None = None
     _pieces: list[Shard] = field(default_factory=list)
     """This rank's live pieces of all tables; looking them up costs more than a step should."""
@@ -158,8 +161,8 @@ class TrainState:
         return self._spaces_read
 
     def step_after(self, cursor: Cursor) -> int:
-        """Steps of the run that lie before a cursor."""
-        return steps_before(cursor, self.epoch_steps)
+        """Steps that lie before a cursor, those of the runs that this one goes on from among them."""
+        return self.earlier_steps + steps_before(cursor, self.epoch_steps)
 
     @property
     def equally_long(self) -> Sequence[str]:
