@@ -9,6 +9,7 @@ VENV ?= .venv
 BUILD ?= cpu
 CONFIG ?= launch/runs/deepfm.toml
 RANKS ?= 2
+WORKERS ?= 2
 SAMPLE := data/sample
 SET ?=
 
@@ -48,8 +49,8 @@ lint: install ## check style, format and types
 	$(RUN) ruff format --check
 	$(RUN) mypy
 
-test: lint ## check everything, then run all tests
-	$(RUN) pytest
+test: lint ## check everything, then run all tests (WORKERS=n processes, files of tests in turn)
+	$(RUN) pytest -n $(WORKERS) --dist loadfile
 
 test-faults: install ## do hundreds of faults to runs, print how many they survived (ten minutes; `make test` does a sample)
 	SHARDREC_FAULTS=full $(RUN) pytest tests/faults

@@ -373,18 +373,7 @@ def _sample_data(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    if arguments.kind in data_commands.TABLE_KINDS:
-        _print(data_commands.prepare_table(arguments))
-        return DONE
-    from trainer import behaviors, census
-    from trainer.prepare import describe, prepare
-
-    if arguments.kind in ("beauty", "census"):
-        convert = {"beauty": behaviors.prepare, "census": census.prepare}[arguments.kind]
-        report = convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite)
-    else:
-        report = prepare(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
-    _print(describe(report))
+    _print(data_commands.prepare(arguments))
     return DONE
 
 

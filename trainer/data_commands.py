@@ -50,8 +50,22 @@ def add_prepare_options(prepare: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="that read and convert; default: the cores")
 
 
-def prepare_table(arguments: argparse.Namespace) -> str:
-    """Prepare one of TABLE_KINDS; what was written, in words."""
+def prepare(arguments: argparse.Namespace) -> str:
+    """Prepare a data set of any kind; what was written, in words."""
+    if arguments.kind in TABLE_KINDS:
+        return _prepare_table(arguments)
+    from trainer import behaviors, census
+    from trainer.prepare import describe
+    from trainer.prepare import prepare as prepare_public
+
+    if arguments.kind in ("beauty", "census"):
+        convert = {"beauty": behaviors.prepare, "census": census.prepare}[arguments.kind]
+        return describe(convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite))
+    report = prepare_public(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
+    return describe(report)
+
+
+def _prepare_table(arguments: argparse.Namespace) -> str:
     columns, min_count = _columns(arguments.column), _min_count(arguments.vocabulary)
     from trainer.prepare_tables import Request
     from trainer.prepare_tables import prepare_table as run
