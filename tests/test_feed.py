@@ -277,6 +277,7 @@ def test_scoring_reads_every_row_once_in_the_order_of_the_files(tmp_path: Path) 
         spaces=spaces.spaces,
         spaces_by_collection=spaces.spaces_by_collection,
         step_after=spaces.step_after,
+        equally_long=spaces.equally_long,
     )
     found = evaluation._rows_once(state, data.dataset, data.columns, data.config, lambda: False)
     with found as (batches, steps):
