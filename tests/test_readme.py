@@ -32,7 +32,7 @@ COMPONENT = re.compile(r"(?:launch/components\.py:|shardrec\.)(\w+) (.*)")
 
 # What commands make and what stands for a file of the reader's own.
 MADE = ("data/", "runs/", "../shared/", "checkpoints/", "tensorboard/", "stacks/", "trainer/0")
-OF_THE_READER = {"RUN.toml", "frappe.toml"}
+OF_THE_READER = {"clicks.toml", "RUN.toml", "frappe.toml"}
 OF_A_RUN = {"run.json", "plan.json", "result.json", "metrics.jsonl", "manifest.json"}
 
 
