@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 28
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 10, 28
 COLORS = 8
 """Series that have a colour of their own; then they begin again."""
 
