@@ -26,9 +26,13 @@ COMMANDS = (
     "inspect",
     "import",
     "export-state-dict",
+    "export",
+    "serve",
     "sample-data",
     "prepare",
     "init",
+    "plan",
+    "report",
     "doctor",
 )
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "numpy", "pyarrow", "tensorboard")
@@ -137,6 +141,7 @@ def test_train_takes_a_description_and_overrides_in_order() -> None:
         "overrides": [],
         "fresh": False,
         "yes": False,
+        "continue_from": None,
     }
     given = parsed("train", "--set", "a=1", "run.toml", "--set=b=2", "--fresh", "--yes", "--set", "c=[1, 2]")
     assert given["overrides"] == ["a=1", "b=2", "c=[1, 2]"]
@@ -243,7 +248,7 @@ def test_arguments_that_it_does_not_know_are_refused_with_usage(
 def test_the_command_line_of_train_does_not_grow_a_flag_per_key() -> None:
     choices = next(a.choices for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = {option for action in choices["train"]._actions for option in action.option_strings}
-    assert options == {"-h", "--help", "--set", "--fresh", "--yes"}
+    assert options == {"-h", "--help", "--set", "--fresh", "--yes", "--continue-from"}
 
 
 # ---------------------------------------------------------------- how it ends
@@ -257,7 +262,7 @@ def test_a_stopped_run_asks_to_be_restarted(
     assert exit_code("train", write_run(tmp_path), "--set", "seed=9", "--fresh", "--yes") == code
     ((config, options),) = calls
     assert config.seed == 9
-    assert options == {"fresh": True, "confirmed": True}
+    assert options == {"fresh": True, "confirmed": True, "continue_from": None}
 
 
 def test_results_go_to_standard_output_with_one_newline_at_the_end(
