@@ -50,7 +50,7 @@ lint: install ## check style, format and types
 	$(RUN) mypy
 
 test: lint ## check everything, then run all tests (WORKERS=n processes, files of tests in turn)
-	$(RUN) pytest -n $(WORKERS) --dist loadfile
+	$(RUN) pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-faults: install ## do hundreds of faults to runs, print how many they survived (ten minutes; `make test` does a sample)
 	SHARDREC_FAULTS=full $(RUN) pytest tests/faults

@@ -101,7 +101,7 @@ def _folder(path: Path) -> None:
     [
         ("run", "run", _file, "output .*/run cannot be made: File exists; name another folder"),
         ("file/run", "file", _file, "output .*/file/run cannot be made: Not a directory; name another folder"),
-        ("x" * 300, "", None, "output .*xxx cannot be made: File name too long; name another folder"),
+        ("x" * 300, "", None, "xxx/checkpoints cannot be read: File name too long; name another folder"),
         ("run", "run/checkpoints", _file, "cannot write checkpoint .*: Not a directory; free or change the folder"),
         ("run", "run/run.json", _folder, "output .*/run cannot be written: Is a directory"),
         ("run", "run/metrics.jsonl", _folder, "metrics.jsonl cannot be written: Is a directory"),
