@@ -155,16 +155,26 @@ def _checked(fractions: Sequence[float]) -> tuple[float, ...]:
     return tuple(fractions)
 
 
-def _input_files(inputs: Sequence[Path], form: Format) -> list[Path]:
-    """The files in the order to read: as given, or per split where the format has a file for each."""
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and in a folder's place those in it, sorted, but hidden ones.
+
+    Raises:
+        DataError: a path does not exist.
+    """
     found: list[Path] = []
-    for path in inputs:
+    for path in paths:
         if path.is_dir():
             found += sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         elif path.is_file():
             found.append(path)
         else:
             raise DataError(f"there is no file {path}; check the path")
+    return found
+
+
+def _input_files(inputs: Sequence[Path], form: Format) -> list[Path]:
+    """The files in the order to read: as given, or per split where the format has a file for each."""
+    found = files_of(inputs)
     if form.files is None:
         if not found:
             raise DataError("no input files; name at least one")

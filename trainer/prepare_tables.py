@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trainer.errors import DataError
-from trainer.prepare import PrepareReport, SplitReport
+from trainer.prepare import PrepareReport, SplitReport, files_of
 from trainer.prepare import describe as describe_splits
 from trainer.prepare_columns import ColumnPlan, check_plans, infer
 from trainer.prepare_columns import describe as describe_plans
@@ -146,21 +146,9 @@ def _split_report(statistics: dict[str, Any]) -> SplitReport:
 
 def _files(request: Request) -> list[list[Path]]:
     """The files of train, validation and test; all in train where rows are split."""
-    found = [_expanded(paths) for paths in (request.inputs, request.validation, request.test)]
+    found = [files_of(paths) for paths in (request.inputs, request.validation, request.test)]
     if not found[0]:
         raise DataError("no input files; name at least one")
-    return found
-
-
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"there is no file {path}; check the path")
     return found
 
 
