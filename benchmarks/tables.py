@@ -62,73 +62,33 @@ def checkpoints(record: dict[str, Any]) -> str:
     return f"{_origin(record)}\n\n{_table(headers, rows)}"
 
 
-def floor(record: dict[str, Any]) -> str:
-    """The record of limits.py."""
-    return f"{_origin(record)}\n\n{limits.table_of(record)}"
-
-
-def beside_peers(record: dict[str, Any]) -> str:
-    """The record of peers.py."""
-    return f"{_origin(record)}\n\n{peers.tables_of(record)}"
-
-
-def as_started(record: dict[str, Any]) -> str:
-    """The record of throughput.py."""
-    return f"{_origin(record)}\n\n{throughput.tables_of(record)}"
-
-
-def ready_batches(record: dict[str, Any]) -> str:
-    """The record of reading.py."""
-    return f"{_origin(record)}\n\n{reading.tables_of(record)}"
-
-
 def larger(record: dict[str, Any]) -> str:
     """The record of scaling.py and its picture, which lies beside it."""
     picture = f"![Rows/s as one thing at a time grows](results/{record['picture']})"
     return f"{_origin(record)}\n\n{picture}\n\n{scaling.tables_of(record)}"
 
 
-def predicting_well(record: dict[str, Any]) -> str:
-    """The record of accuracy.py."""
-    return f"{_origin(record)}\n\n{accuracy.table_of(record)}"
-
-
-def of_several_labels(record: dict[str, Any]) -> str:
-    """The record of multitask.py."""
-    return f"{_origin(record)}\n\n{multitask.table_of(record)}"
-
-
-def attending(record: dict[str, Any]) -> str:
-    """The record of sequences.py."""
-    return f"{_origin(record)}\n\n{sequences.table_of(record)}"
-
-
-def standing_still(record: dict[str, Any]) -> str:
-    """The record of stall.py."""
-    return f"{_origin(record)}\n\n{stall.table_of(record)}"
-
-
-def answering(record: dict[str, Any]) -> str:
-    """The record of serving.py."""
-    return f"{_origin(record)}\n\n{serving.tables_of(record)}"
+def below_origin(tables_of: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """What makes of a record where it is from, and below that what ``tables_of``, the program's own, makes of it."""
+    return lambda record: f"{_origin(record)}\n\n{tables_of(record)}"
 
 
 def rendered(results: Path) -> str:
     """All records that there are, each under its file's name."""
     makers: dict[str, Callable[[dict[str, Any]], str]] = {
-        "accuracy": predicting_well,
+        "accuracy": below_origin(accuracy.table_of),
         "checkpoints": checkpoints,
         "growth": growth,
         "idmap": identity_map,
-        "limits": floor,
-        "multitask": of_several_labels,
-        "peers": beside_peers,
-        "reading": ready_batches,
+        "limits": below_origin(limits.table_of),
+        "multitask": below_origin(multitask.table_of),
+        "peers": below_origin(peers.tables_of),
+        "reading": below_origin(reading.tables_of),
         "scaling": larger,
-        "sequences": attending,
-        "serving": answering,
-        "stall": standing_still,
-        "throughput": as_started,
+        "sequences": below_origin(sequences.table_of),
+        "serving": below_origin(serving.tables_of),
+        "stall": below_origin(stall.table_of),
+        "throughput": below_origin(throughput.tables_of),
     }
     # A record is named after its program, and what it is of where one run did not measure everything.
     records = [(path.stem.partition("_")[0], path) for path in sorted(results.glob("*.json"))]
