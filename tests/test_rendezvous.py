@@ -13,19 +13,13 @@ import pytest
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 
+from tests.ports import free_port
 from trainer import rendezvous
 from trainer.rendezvous import listen, open_store
 
 SECONDS = datetime.timedelta(seconds=20)
 ELSEWHERE = "192.0.2.1"
 """An address that is kept for documents: no machine has it."""
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def opened(port: int, *hosts: str) -> list[bool]:

@@ -6,7 +6,6 @@ import faulthandler
 import importlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from tests.ports import free_port
 from trainer.idmap import Deduplicator, IdMap
 
 LONGEST_SECONDS = 60
@@ -48,9 +48,7 @@ def run_forks(
     has died, the others get a moment to find out, and are then killed, as a launcher does.
     """
     faulthandler.cancel_dump_traceback_later()  # a fork that sets it anew would wait for a thread that it lacks
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     pids = [_fork(function, rank, world_size, port) for rank in range(world_size)]
     if kill_after:
         _kill_after(kill_after, pids[victim])

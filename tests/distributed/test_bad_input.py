@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import pytest
 from tests import spoil
 from tests.command_line import Outcome, call, digests
 from tests.distributed.ranks import run_ranks
+from tests.ports import free_port
 from tests.resources import largest_file
 from tests.small_data import run_toml, write_click_log
 
@@ -180,16 +180,8 @@ def _call_all(ports: list[int], cases: list[Case]) -> list[Outcome]:
     return outcomes
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
 def _on_two_ranks(cases: dict[str, Case]) -> dict[str, tuple[Outcome, Outcome]]:
-    first, second = run_ranks(_call_all, 2, _free_ports(len(cases)), list(cases.values()), timeout=200)
+    first, second = run_ranks(_call_all, 2, [free_port() for _ in cases], list(cases.values()), timeout=200)
     return dict(zip(cases, zip(first, second, strict=True), strict=True))
 
 
@@ -272,7 +264,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        f"--master-port={_free_ports(1)[0]}",
+        f"--master-port={free_port()}",
     ]
     environment = {
         **os.environ,

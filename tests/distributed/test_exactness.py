@@ -71,7 +71,9 @@ def resumed_runs(click_log: Path, world_size: int) -> list[dict[str, Any]]:
 def packed_runs(click_log: Path, world_size: int) -> list[dict[str, Any]]:
     """Pairs of a run on packed tables and the same on unpacked ones."""
     return [
-        described(click_log, f"{kind}-{sharding}-{pack}{world_size}", sharding={"pack": pack}, tables=tables)
+        described(
+            click_log, f"{kind}-{sharding}-{pack}{world_size}", sharding={"pack": pack}, tables=tables, segment_steps=5
+        )
         for kind in ("sgd", "adagrad")
         for sharding in ("row_wise", "table_wise", "column_wise", "data_parallel")
         for tables in [_sharded(click_log, sharding, kind)]

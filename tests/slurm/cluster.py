@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.slurm.processes import Programs, wait_until, with_patience, with_variable
 
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -103,7 +104,7 @@ class Cluster:
 
     def start(self) -> None:
         """Start all daemons; returns when both nodes are idle."""
-        ports = {name: _free_port() for name in ("slurmctld", "slurmdbd", "mariadb", *NODES)}
+        ports = {name: free_port() for name in ("slurmctld", "slurmdbd", "mariadb", *NODES)}
         values = {"folder": self._folder, "timeout": _SECONDS_TO_MISS, "password": secrets.token_hex(12), **ports}
         lines = [
             f"NodeName={n} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[n]} CPUs=2 RealMemory=4000"
@@ -201,12 +202,6 @@ def slurm() -> Iterator[Cluster]:
             yield cluster
         finally:
             cluster.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:
