@@ -15,6 +15,7 @@ def line(step: int, **values: Any) -> dict[str, Any]:
         "step": step,
         "segment_seconds": 2.5,
         "rows_per_second": 1000.0 + step,
+        "stall_seconds": 0.125,
         "learning_rate/dense": 0.01 / step,
         "train_rows": 320.0,
         "train_click_rate": 0.25,

@@ -163,8 +163,8 @@ def test_a_run_that_stopped_early_does_not_go_on_when_it_is_started_again(overfi
 # What is recorded
 
 TRAIN = {
-    *("step", "epoch", "segment_seconds", "rows_per_second", "train_rows", "train_logloss_nats", "train_click_rate"),
-    *("train_normalized_entropy", "train_calibration_ratio"),
+    *("step", "epoch", "segment_seconds", "rows_per_second", "stall_seconds"),
+    *("train_rows", "train_logloss_nats", "train_click_rate", "train_normalized_entropy", "train_calibration_ratio"),
     *("learning_rate/dense", "learning_rate/embedding.embedding.weight"),
 }
 VALIDATION = {
@@ -181,6 +181,8 @@ def test_every_segment_is_recorded_with_finite_numbers_under_plain_keys(overfitt
         assert set(line) == (TRAIN | VALIDATION if "validation_auc" in line else TRAIN)
         assert all(math.isfinite(value) for value in line.values())
     assert [line["step"] for line in lines] == [5.0 * (number + 1) for number in range(len(lines))]
+    saved = [step for step, line in enumerate(lines, 1) if step < len(lines) and lines[step]["stall_seconds"]]
+    assert saved == [step for step, line in enumerate(lines[:-1], 1) if "validation_auc" in line], "that many saved"
 
 
 def test_the_rows_of_the_segments_of_an_epoch_are_the_rows_of_the_files(overfitted: tuple[Path, Outcome]) -> None:
@@ -209,6 +211,7 @@ def test_a_run_that_ends_with_a_full_table_leaves_a_picture_of_what_was_recorded
     assert step > 0
     assert steps_in(output / "checkpoints")[-1] == step
     assert imread(output / GROWTH).ndim == 3
+    assert [row["rows"] for row in json.loads((output / "plan.json").read_text())] == [150, 150]
 
 
 def test_a_run_that_a_signal_stops_leaves_a_picture_too(growing: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,10 @@ from trainer.predict import check_output, kept_schema, prediction_names
 from trainer.predict import predict as write_predictions
 from trainer.recipe import CrossConfig
 from trainer.report import METRICS, final_table, log_to_terminal, progress_bar
-from trainer.run import Run, check_machine, check_same_files, load_state, open_inputs, start
+from trainer.run import Run, check_machine, check_same_files, load_state, open_inputs, start, write_plan
 from trainer.schema import Columns, check_columns
 from trainer.sharding import describe as describe_plan
-from trainer.sharding import plan_rows, quiet_libraries
+from trainer.sharding import quiet_libraries
 from trainer.tables import lay_out, spaces_of
 from trainer.world import World, join_world, launched, ranks_launched
 
@@ -137,12 +137,11 @@ def _clear(output: Location, world: World) -> None:
 def _announce(run: Run) -> None:
     """Say on the terminal and in the output what is about to be trained, and where it goes on."""
     state, output = run.state, locate(run.config.output)
-    rows = plan_rows(state.placements, state.physical, state.world.size)
     with state.world.together():
         if not state.world.is_chief:
             return
+        rows = write_plan(run)
         try:
-            write_atomically(output / "plan.json", json.dumps(rows, indent=1))
             write_atomically(output / "run.json", json.dumps(to_plain(run.config), indent=1))
         except OSError as error:
             raise OutputError(f"output {output} cannot be written: {error.strerror}; name another folder") from error

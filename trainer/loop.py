@@ -27,7 +27,7 @@ from trainer.mapping import Mapper
 from trainer.occupancy import Growths, describe_growth, table_values
 from trainer.report import Report, progress_bar, segment_line
 from trainer.rows import RawBatch, steps_before
-from trainer.run import Run, describe
+from trainer.run import Run, describe, write_plan
 from trainer.saving import Saver
 from trainer.state import TrainState
 
@@ -98,6 +98,8 @@ class _Session:
         self.interrupted = False
         self._saved = run.cursor if run.is_saved else None
         """Where the newest checkpoint goes on."""
+        self._stall_seconds = 0.0
+        """How long training stood still for the checkpoint before this segment."""
         self._diagnostics = Diagnostics(run.state.interaction) if run.config.report.diagnostics else None
         self._saver = Saver(run.state, run.checkpoints, run.config)
         self._scale_rates()
@@ -172,7 +174,8 @@ class _Session:
 
     def _segment(self, feed: Feed, length: int, report: Report) -> dict[str, float]:
         """Train ``length`` steps, fewer if the feed ends; returns what the segment reports, nothing of no steps."""
-        run, first = self._run, self.step
+        run, first, stall_seconds = self._run, self.step, self._stall_seconds
+        self._stall_seconds = 0.0
         sums, growths = LabelSums(run.config, run.state.world.device), Growths()
         rates = run.state.optimizer.learning_rates()
         if self._diagnostics is not None:
@@ -188,7 +191,7 @@ class _Session:
             return {}
         seconds = time.perf_counter() - started
         values = {"epoch": float(self.cursor.epoch), "segment_seconds": seconds}
-        values["rows_per_second"] = sums.rows / seconds
+        values |= {"rows_per_second": sums.rows / seconds, "stall_seconds": stall_seconds}
         if self._diagnostics is not None:
             values |= self._diagnostics.values()
         return values | totals | growths.values() | {f"learning_rate/{name}": rate for name, rate in rates.items()}
@@ -228,6 +231,9 @@ class _Session:
                 continue
             growths.add(growth)
             report.say(describe_growth(growth))
+        with state.world.together():
+            if state.world.is_chief:
+                write_plan(self._run)
         self._prepare_to_save()
         return evict
 
@@ -315,8 +321,10 @@ class _Session:
         if self.cursor == self._saved:
             return  # nothing was trained since: leave that checkpoint alone
         manifest = describe(run, self.step, self.cursor, self.evaluations)
+        started = time.perf_counter()
         if self._saver.save(manifest, is_last=is_last, may_skip=may_skip):
             self._saved = self.cursor
+        self._stall_seconds = time.perf_counter() - started
 
     def _prepare_to_save(self) -> None:
         """Only the last checkpoint of a run is never written beside training."""

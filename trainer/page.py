@@ -33,8 +33,8 @@ vertical-align:middle}.key i.dash{border-top-style:dashed}.missing,.dim{color:va
 var(--c1)}.notes ul{margin:.2em 0;padding-left:1.2em;overflow-wrap:anywhere}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.88em;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--dim);font-weight:600}
-section>.grid+.wide{margin-top:12px}pre{overflow-x:auto;font-size:.82em;margin:.4em 0}summary{cursor:pointer}
+th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:8em}th{color:var(--dim);font-weight:600}
+.wide{margin:12px 0}pre{overflow-x:auto;font-size:.82em;margin:.4em 0}summary{cursor:pointer}
 """
 
 _CURVES = (
@@ -206,15 +206,16 @@ def _rows(records: Sequence[Record]) -> list[str]:
 
 def _throughput(records: Sequence[Record]) -> list[str]:
     found = []
-    for key, title in (("rows_per_second", "rows per second"), ("segment_seconds", "seconds of a segment")):
+    for key, title in (
+        ("rows_per_second", "rows per second"),
+        ("segment_seconds", "seconds of a segment"),
+        ("stall_seconds", "seconds stopped for a checkpoint"),
+    ):
         if series := _series(records, [(key, "")]):
             found.append(charts.lines(title, series, zero=True))
-    stalls = [key for key in dict.fromkeys(k for r in records for line in r.lines for k in line) if "stall" in key]
-    pauses = list(dict.fromkeys(key for record in records for key in record.keys("growth_ms/")))
-    for keys, title in ((stalls, "stalls"), (pauses, "pauses for growth (ms)")):
-        if keys:
-            series = _series(records, [(key, key.partition("/")[2] or key) for key in keys])
-            found.append(charts.lines(title, series, zero=True))
+    if pauses := list(dict.fromkeys(key for record in records for key in record.keys("growth_ms/"))):
+        series = _series(records, [(key, key.partition("/")[2]) for key in pauses])
+        found.append(charts.lines("pauses for growth (ms)", series, zero=True))
     return found
 
 
@@ -317,7 +318,9 @@ def _description(records: Sequence[Record]) -> str:
     for name, record in zip(names_of(records), records, strict=True):
         versions = ", ".join(f"{key} {value}" for key, value in record.manifest.get("versions", {}).items())
         ranks = record.manifest.get("world_size")
-        said = ", ".join(text for text in (f"{ranks} ranks" if ranks else "", versions) if text)
+        said = ", ".join(
+            text for text in (("1 rank" if ranks == 1 else f"{ranks} ranks") if ranks else "", versions) if text
+        )
         whole = escape(json.dumps(record.config, indent=1)) if record.config else "run.json is not there"
         found += f"<p>{escape(name)}: {escape(said or 'versions are not known')}</p>"
         found += f"<details><summary>run description of {escape(name)}</summary><pre>{whole}</pre></details>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from trainer.data import steps_per_epoch
 from trainer.dataset import Dataset, open_dataset
 from trainer.device import check_device
 from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
-from trainer.location import Location, locate
+from trainer.location import Location, locate, write_atomically
 from trainer.lock import make_output
 from trainer.manifest import Manifest
 from trainer.order import streams_of
@@ -304,6 +305,21 @@ def describe(run: Run, step: int, cursor: Cursor, evaluations: Sequence[tuple[in
         versions=versions(),
         files={},
     )
+
+
+def write_plan(run: Run) -> list[dict[str, Any]]:
+    """Write the plan of the tables as they are now to plan.json in the output; the chief's task. Returns its rows.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    output, state = locate(run.config.output), run.state
+    rows = plan_rows(state.placements, state.physical, state.world.size)
+    try:
+        write_atomically(output / "plan.json", json.dumps(rows, indent=1))
+    except OSError as error:
+        raise OutputError(f"output {output} cannot be written: {error.strerror}; name another folder") from error
+    return rows
 
 
 @functools.cache

@@ -30,7 +30,7 @@ WEIGHTINGS: dict[str, dict[str, Any]] = {
     "fixed": {"kind": "focal", "task_weights": [1.0, 0.5]},
     "uncertainty": {"task_weighting": "uncertainty", "positive_weight": 2.0, "label_smoothing": 0.1},
 }
-SPEEDS = ("segment_seconds", "rows_per_second")
+SPEEDS = ("segment_seconds", "rows_per_second", "stall_seconds")
 
 
 def add_labels(path: Path) -> None:
