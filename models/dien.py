@@ -35,16 +35,37 @@ class Recurrence(nn.Module):
         """Return the state after each row, shape [B, L, W]; where the mask has no row it stays what it was."""
         inputs_BL3W = self.inputs(rows_BLW)
         gates_BL = attention_BL * mask_BL
-        states, state_BW = [], inputs_BL3W.new_zeros(len(rows_BLW), rows_BLW.shape[2])
+        state_BW = inputs_BL3W.new_zeros(rows_BLW.shape[0], rows_BLW.shape[2])
+        if torch.compiler.is_exporting():
+            return self._as_one_operator(state_BW, inputs_BL3W, gates_BL)
+        states = []
         for inputs_B3W, gate_B in zip(inputs_BL3W.unbind(dim=1), gates_BL.unbind(dim=1), strict=True):
-            own_B3W = self.state(state_BW)
-            update_BW, reset_BW, candidate_BW = inputs_B3W.chunk(3, dim=1)
-            own_update_BW, own_reset_BW, own_candidate_BW = own_B3W.chunk(3, dim=1)
-            update_BW = torch.sigmoid(update_BW + own_update_BW) * gate_B.unsqueeze(1)
-            candidate_BW = torch.tanh(candidate_BW + torch.sigmoid(reset_BW + own_reset_BW) * own_candidate_BW)
-            state_BW = torch.lerp(state_BW, candidate_BW.to(state_BW.dtype), update_BW.to(state_BW.dtype))
+            state_BW = self._next(state_BW, inputs_B3W, gate_B)
             states.append(state_BW)
         return torch.stack(states, dim=1)
+
+    def _next(self, state_BW: Tensor, inputs_B3W: Tensor, gate_B: Tensor) -> Tensor:
+        own_B3W = self.state(state_BW)
+        update_BW, reset_BW, candidate_BW = inputs_B3W.chunk(3, dim=1)
+        own_update_BW, own_reset_BW, own_candidate_BW = own_B3W.chunk(3, dim=1)
+        update_BW = torch.sigmoid(update_BW + own_update_BW) * gate_B.unsqueeze(1)
+        candidate_BW = torch.tanh(candidate_BW + torch.sigmoid(reset_BW + own_reset_BW) * own_candidate_BW)
+        return torch.lerp(state_BW, candidate_BW.to(state_BW.dtype), update_BW.to(state_BW.dtype))
+
+    def _as_one_operator(self, state_BW: Tensor, inputs_BL3W: Tensor, gates_BL: Tensor) -> Tensor:
+        """The same states, by what is one node of an exported graph however long the histories are.
+
+        A loop of Python's would be unrolled to the length of the example. The operator has no public name in torch.
+        """
+        from torch._higher_order_ops.scan import scan  # imports a compiler, which only who exports has use for
+
+        def step(state_BW: Tensor, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            after_BW = self._next(state_BW, *given)
+            return after_BW, after_BW.clone()  # what is carried and what is kept may not be one memory
+
+        _, states_LBW = scan(step, state_BW, (inputs_BL3W.transpose(0, 1), gates_BL.transpose(0, 1)), dim=0)
+        states_BLW: Tensor = states_LBW.transpose(0, 1)
+        return states_BLW
 
 
 class DIEN(SequenceModel):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-import models
 from tests.command_line import call
 from tests.resources import largest_file
 from tests.served import STEPS, checkpoint_of, exported, predicted, rows_of, served
-from tests.test_models import TASK_VARIANTS, VARIANTS, inputs, make
-from trainer.artifact import ServingError, changed_by, load, load_graph, read_manifest
+from trainer.artifact import ServingError, changed_by, load, read_manifest
 from trainer.errors import OutputError
-from trainer.export import stored_as, write_graph
+from trainer.export import stored_as
 from trainer.scorer import Scorer
 
 
@@ -97,18 +93,3 @@ def test_eight_bits_are_within_half_a_step_of_each_row(tmp_path: Path) -> None:
     assert (found[3] == 1.5).all()
     with pytest.raises(OutputError, match="t has numbers beyond float16, which ends at 65504"):
         stored_as(np.full((1, 1), 1e6, np.float32), "float16", "t")
-
-
-def test_every_model_becomes_a_graph_of_plain_operators_for_any_number_of_rows(tmp_path: Path) -> None:
-    """Of each kind the last variant, which has the most options."""
-    chosen = dict(variant for variant in VARIANTS if variant not in TASK_VARIANTS)
-    others = {"sequences", "tasks"}  # what no server reads
-    assert chosen.keys() == {k for k, m in models.MODELS.items() if not others & {*inspect.signature(m).parameters}}
-    for kind, options in chosen.items():
-        torch.manual_seed(0)
-        model = make(kind, options).eval()
-        write_graph(model, tmp_path / kind, [(2,), (4, 3), (4,)])
-        graph = load_graph(tmp_path / kind)
-        for rows in (1, 2, 700):
-            given = inputs(rows)
-            torch.testing.assert_close(graph(*given), model(*given), rtol=1e-5, atol=1e-6)

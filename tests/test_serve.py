@@ -164,7 +164,8 @@ def test_what_is_being_asked_at_sigterm_is_answered(served_run: Path, tmp_path: 
 def test_an_error_of_the_model_reaches_who_asked_and_the_next_request_is_answered(
     served_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = Service(load(exported(served_run, tmp_path / "out")), wait_seconds=0.0, most_rows=100, updates=None)
+    model = load(exported(served_run, tmp_path / "out"))
+    service = Service(model, wait_seconds=0.0, most_rows=100, most_ids=9, updates=None)
 
     def fail(scorer: Scorer, rows: Rows) -> None:
         raise RuntimeError("out of memory")

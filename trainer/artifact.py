@@ -9,29 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-FORMAT = 1
+from trainer.graph import Graph, GraphError, read_graph
+
+FORMAT = 2
 MANIFEST, GRAPH = "manifest.json", "dense.pt2"
 
 _EXACT_SHARE = 1 << 20
 """Files up to this size are always compared with their checksums."""
 
 _ARRAYS: dict[str, str] = {"float32": "float32", "float16": "float16", "int8": "int8"}
-_WORD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
-_SIZES = {"Integer", "Symbol", "Mul", "Add", "Pow", "Max", "Min", "FloorDiv", "Mod", "integer", "positive", "True"}
-_OPERATORS = re.compile(
-    r"torch\.ops\.aten\.[a-z_0-9]+\.[A-Za-z_0-9]+|_operator\.(add|sub|mul|floordiv|mod|eq|ge|le|gt|lt)"
-)
 
 Int64s = NDArray[np.int64]
 
@@ -151,6 +145,11 @@ class Table:
     dim: int
     pooling: str
     features: tuple[str, ...]
+    """Those whose rows are summed, or averaged."""
+
+    sequences: tuple[str, ...]
+    """Those whose rows the model gets one by one."""
+
     space: str
     rows: Rows
     """The cold row, then those of the space's ids."""
@@ -177,8 +176,9 @@ class Artifact:
     manifest: dict[str, Any]
     spaces: Mapping[str, Space]
     tables: tuple[Table, ...]
-    model: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """``(dense_BN, embeddings_BFD, linear_BF) -> logits_B``."""
+    model: Graph
+    """``(dense_BN, embeddings_BFD, linear_BF) -> logits``, [B] or [B, T] of several labels; where there are sequences,
+    of ``rows_BSLD`` and ``lengths_BS`` too."""
 
     @property
     def version(self) -> str:
@@ -272,57 +272,21 @@ def _table(path: Path, table: Mapping[str, Any], *, mapped: bool = True) -> Tabl
     if str(cells.dtype) != _ARRAYS.get(table["stored"]):
         raise ServingError(f"{path / table['file']} is {cells.dtype}, expected {table['stored']}; export it again")
     scales = _array(path, table["scales"], mapped=mapped) if table["scales"] else None
-    names = ("name", "role", "dim", "pooling", "space")
-    described = {name: table[name] for name in names}
-    return Table(**described, features=tuple(table["features"]), rows=Rows(cells, scales))
+    described = {name: table[name] for name in ("name", "role", "dim", "pooling", "space")}
+    read = {name: tuple(table[name]) for name in ("features", "sequences")}
+    return Table(**described, **read, rows=Rows(cells, scales))
 
 
-def load_graph(path: Path) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def load_graph(path: Path) -> Graph:
     """The dense part; nothing in the file is run but arithmetic on tensors.
-
-    ``torch.export.load`` unpickles whatever a file tells it to and evaluates sizes as Python, so that all it might be
-    told is looked at before.
 
     Raises:
         ServingError: it is damaged, or is more than arithmetic.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_code(archive)
-        module = torch.export.load(str(path)).module()
-    except ServingError:
-        raise
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ServingError(f"{path} is no graph of torch.export, or damaged: {error}; export it again") from error
-    return module
-
-
-def _refuse_code(archive: zipfile.ZipFile) -> None:
-    """Refuse pickles other than of plain tensors, sizes that are no arithmetic and operators not of ATen."""
-    for name in archive.namelist():
-        with archive.open(name) as file:
-            if "sample_inputs" in name:
-                try:
-                    torch.load(file, weights_only=True)
-                except Exception as error:
-                    raise ServingError(f"{name} holds more than tensors; export it again") from error
-            elif name.endswith(".json"):
-                _refuse_odd_parts(name, json.load(file))
-
-
-def _refuse_odd_parts(where: str, part: Any) -> None:
-    if isinstance(part, list):
-        for item in part:
-            _refuse_odd_parts(where, item)
-    elif isinstance(part, dict):
-        words = _WORD.findall(str(part.get("expr_str", "")))
-        is_size = all(word in _SIZES or re.fullmatch(r"[su]\d+", word) for word in words)
-        target = part.get("target") if "inputs" in part else None
-        is_plain = target is None or _OPERATORS.fullmatch(str(target))
-        if part.get("use_pickle") or not is_size or not is_plain:
-            raise ServingError(f"{where} holds more than arithmetic on tensors; export it again")
-        for item in part.values():
-            _refuse_odd_parts(where, item)
+        return read_graph(path)
+    except GraphError as error:
+        raise ServingError(f"{path} {error}; export it again") from error
 
 
 def changed_by(artifact: Artifact, path: Path) -> Artifact:

@@ -10,111 +10,31 @@ import json
 import os
 import secrets
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch import nn
 
-from trainer import artifact, checkpoint
+from trainer import artifact
+from trainer import graph as graph_code
 from trainer import scorer as scorer_code
 from trainer import serve as serve_code
 from trainer.artifact import FORMAT, GRAPH, MANIFEST, Int64s, Rows, ServingError
-from trainer.config import RunConfig, TableConfig
-from trainer.contents import SavedSpace
-from trainer.description import build
 from trainer.errors import OutputError
 from trainer.location import Location, is_folder, is_there, sync_directory
 from trainer.plain import TORN
-from trainer.state import build_model
-from trainer.storage import Reader
-
-Stored = Literal["float32", "float16", "int8"]
+from trainer.saved_model import SavedModel, Stored
 
 _ROWS_AT_ONCE = 1 << 18
 _FEWEST_COLUMNS = 3
 """From which on 8 bits a column, a scale and an offset are less than float32."""
 
-_CODE = {"artifact.py": artifact, "scorer.py": scorer_code, "serve.py": serve_code}
-_EXAMPLE_ROWS = 8
-
-
-class SavedModel:
-    """A checkpoint as it is served."""
-
-    def __init__(self, path: Location) -> None:
-        """Of a checkpoint, or a run's newest good one.
-
-        Raises:
-            CheckpointError: there is none. OutputError: it is of a kind that is not served.
-        """
-        self.path, self.manifest = checkpoint.find(path)
-        self.config: RunConfig = build(RunConfig, self.manifest.config)
-        with_sequences = [table.name for table in self.config.tables if table.sequences]
-        if with_sequences or len(self.config.data.labels) > 1:
-            what = f"table {with_sequences[0]!r} has sequences" if with_sequences else "it has several labels"
-            raise OutputError(f"{self.path} cannot be exported: {what}, which no server reads; use predict")
-        self._reader = Reader(self.path)
-        self.spaces = {name: SavedSpace(name, self.manifest, self._reader) for name in self.manifest.spaces}
-        self.ids = {name: _ids_of(space) for name, space in self.spaces.items()}
-
-    def version(self, stored: Stored) -> str:
-        """What tells this model, stored in this way, from every other."""
-        described = {"files": self.manifest.files, "stored": stored, "format": FORMAT}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-    def space_of(self, table: TableConfig) -> str:
-        """The id space of a table."""
-        return str(self.manifest.tables[table.key]["space"])
-
-    def rows(self, table: TableConfig) -> NDArray[np.float32]:
-        """The cold row, then those of the ids of the table's space, in their order."""
-        space = self.spaces[self.space_of(table)]
-        ids = self.ids[space.name]
-        rows = np.zeros((len(ids) + 1, table.dim), dtype=np.float32)
-        for block in self.manifest.blocks:
-            if block.table == table.key:
-                own, used = space.ids(block.owner, block.slot, block.slots)
-                cells = self._reader.read_all([f"{block.path}/weight"])[f"{block.path}/weight"].numpy()
-                rows[np.searchsorted(ids, own[used]) + 1, block.begin : block.end] = cells[used]
-                if block.owner == 0 and block.slot == 0:
-                    rows[0, block.begin : block.end] = cells[0]
-        return rows
-
-    def write_graph(self, path: Path) -> None:
-        """Write the dense part as a graph for any number of rows, in float32."""
-        num_dense = len(self.manifest.data["columns"]["dense"])
-        model = build_model(self.config, num_dense)
-        saved = self._reader.read_all([f"dense/{name}" for name in self.manifest.dense])
-        model.load_state_dict({name: saved[f"dense/{name}"] for name in self.manifest.dense})
-        embeddings, linear = ([t for t in self.config.tables if t.role == role] for role in ("embedding", "linear"))
-        num_fields, num_linear = (sum(len(t.features) for t in tables) for tables in (embeddings, linear))
-        write_graph(model, path, [(num_dense,), (num_fields, embeddings[0].dim if embeddings else 0), (num_linear,)])
-
-
-def write_graph(model: nn.Module, path: Path, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Write a model as a graph for any number of rows; ``shapes``: of its inputs, for one row."""
-    example = tuple(torch.zeros(_EXAMPLE_ROWS, *shape) for shape in shapes)
-    rows = torch.export.Dim("rows", min=1)
-    model.eval().requires_grad_(False)
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        exported = torch.export.export(model, example, dynamic_shapes=({0: rows},) * len(shapes), strict=False)
-        torch.export.save(exported, str(path))
-
-
-def _ids_of(space: SavedSpace) -> Int64s:
-    """The ids that have rows, ascending; buckets of a ``hashed`` space."""
-    if space.kind != "exact":
-        return np.arange(space.ids_seen, dtype=np.int64)
-    owners = [space.ids(owner, 0, slots) for owner, slots in enumerate(space.slots_used)]
-    return np.sort(np.concatenate([ids[used] for ids, used in owners]))
+_CODE = {"graph.py": graph_code, "artifact.py": artifact, "scorer.py": scorer_code, "serve.py": serve_code}
 
 
 def stored_as(rows: NDArray[np.float32], stored: Stored, name: str) -> Rows:
@@ -191,6 +111,7 @@ def _described(model: SavedModel, kind: str, stored: Stored) -> dict[str, Any]:
         "step": model.manifest.step,
         "stored": stored,
         "outputs": list(model.config.data.labels),
+        "equally_long": model.equally_long,
         "dense": [
             {"name": name} | {key: getattr(rules[name], key) for key in ("kind", "mean", "std", "low", "high", "null")}
             for name in model.manifest.data["columns"]["dense"]
@@ -232,7 +153,8 @@ def _write_rows(folder: Path, model: SavedModel, number: int, rows: Rows) -> dic
         "role": table.role,
         "dim": table.dim,
         "pooling": table.pooling,
-        "features": list(table.features),
+        "features": list(table.pooled),
+        "sequences": list(table.sequences),
         "space": model.space_of(table),
         "stored": str(rows.cells.dtype),
         "file": file,
@@ -287,7 +209,8 @@ def _earlier(since: Location, stored: Stored | None) -> _Earlier:
 def _fits(model: SavedModel) -> dict[str, Any]:
     tables = [
         {n: getattr(table, n) for n in ("role", "dim", "pooling")}
-        | {"name": table.key, "features": list(table.features), "space": model.space_of(table)}
+        | {"name": table.key, "features": list(table.pooled), "sequences": list(table.sequences)}
+        | {"space": model.space_of(table)}
         for table in model.config.tables
     ]
     described = _described(model, "", "float32")
@@ -296,7 +219,7 @@ def _fits(model: SavedModel) -> dict[str, Any]:
 
 def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal before and after changes."""
-    names = ("name", "role", "dim", "pooling", "features", "space")
+    names = ("name", "role", "dim", "pooling", "features", "sequences", "space")
     return {
         "outputs": manifest["outputs"],
         "dense columns": [rule["name"] for rule in manifest["dense"]],

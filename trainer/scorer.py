@@ -20,6 +20,9 @@ from torch.nn.functional import embedding_bag
 from trainer.artifact import Artifact, Int64s, ServingError, Table
 
 _MOST_NAMED = 10
+_PLACES_AT_ONCE = 1 << 16
+"""Rows times the longest of their sequences that the model is given at once; a row alone may have more."""
+
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -41,6 +44,12 @@ class Rows:
         """How many there are."""
         return len(self.dense)
 
+    def part(self, begin: int, end: int) -> Rows:
+        """Some of them, one after the other."""
+        bounds = [(lengths[:begin].sum(), lengths[:end].sum()) for lengths in self.lengths]
+        ids = tuple(each[first:last] for each, (first, last) in zip(self.ids, bounds, strict=True))
+        return Rows(ids, tuple(lengths[begin:end] for lengths in self.lengths), self.dense[begin:end])
+
 
 def joined(several: Sequence[Rows]) -> Rows:
     """The rows of all, one after the other."""
@@ -61,10 +70,11 @@ class Scorer:
         self.artifact = artifact
         self.outputs: list[str] = artifact.manifest["outputs"]
         self._dense: list[dict[str, Any]] = artifact.manifest["dense"]
-        names = dict.fromkeys(name for table in artifact.tables for name in table.features)
-        self._numbers = {name: number for number, name in enumerate(names)}
-        kinds = {name: artifact.spaces[table.space].kind for table in artifact.tables for name in table.features}
-        self._only_numbers = {name for name, kind in kinds.items() if kind == "identity"}
+        read = [(name, table) for table in artifact.tables for name in (*table.features, *table.sequences)]
+        self._numbers = {name: number for number, name in enumerate(dict.fromkeys(name for name, _ in read))}
+        self._only_numbers = {name for name, table in read if artifact.spaces[table.space].kind == "identity"}
+        self._sequences = [(table, self._numbers[name]) for table in artifact.tables for name in table.sequences]
+        self._equally_long: list[str] = artifact.manifest["equally_long"]
 
     @property
     def features(self) -> list[str]:
@@ -76,13 +86,14 @@ class Scorer:
         return self._reads() == other._reads()
 
     def _reads(self) -> list[Any]:
-        return [self.features, self._dense, self.outputs, self._only_numbers]
+        return [self.features, self._dense, self.outputs, self._only_numbers, self._equally_long]
 
     def read(self, rows: Any) -> Rows:
         """Rows as JSON gives them: a list of objects with the features' values.
 
-        A sparse feature is an integer, a string, a boolean, null or a list of these; null and absence mean no id. A
-        dense column is a number or a boolean, and null or absence what the training's transform makes of null.
+        A sparse feature is an integer, a string, a boolean, null or a list of these; null and absence mean no id, and
+        an empty list if it is a sequence. A dense column is a number or a boolean, and null or absence what the
+        training's transform makes of null.
 
         Raises:
             ServingError: what is wrong with which row.
@@ -100,9 +111,26 @@ class Scorer:
                     + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)[:_MOST_NAMED])}")
                 )
         sparse = [self._ids_of(name, rows) for name in self._numbers]
+        self._check_lengths([lengths for _, lengths in sparse])
         dense = [self._numbers_of(rule, rows) for rule in self._dense]
         matrix = np.stack(dense, axis=1) if dense else np.zeros((len(rows), 0), dtype=np.float32)
         return Rows(tuple(ids for ids, _ in sparse), tuple(lengths for _, lengths in sparse), matrix)
+
+    def longest_of(self, rows: Rows) -> Int64s:
+        """Ids in the longest sequence of each row, int64 [rows]; zeros where the model reads none."""
+        lengths = [rows.lengths[number] for _, number in self._sequences]
+        return np.maximum.reduce([np.zeros(rows.num_rows, dtype=np.int64), *lengths])
+
+    def _check_lengths(self, lengths: Sequence[Int64s]) -> None:
+        found = [(name, lengths[self._numbers[name]]) for name in self._equally_long]
+        for name, of_name in found[1:]:
+            wrong = of_name != found[0][1]
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise ServingError(
+                    f"row {row}: {found[0][0]!r} has {found[0][1][row]} ids and {name!r} {of_name[row]}; the model "
+                    "reads them side by side: give them equally many (a null is no id)"
+                )
 
     def _ids_of(self, name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Int64s, Int64s]:
         ids: list[int] = []
@@ -150,11 +178,29 @@ class Scorer:
     def score(self, rows: Rows) -> dict[str, NDArray[np.float32]]:
         """The probability of each output, float32 [rows] each."""
         with torch.inference_mode():
-            embeddings_BFD = self._looked_up(rows, "embedding")
-            linear_BF = self._looked_up(rows, "linear").flatten(1)
-            logits = self.artifact.model(torch.from_numpy(rows.dense), embeddings_BFD, linear_BF)
-            probabilities_BT = logits.double().sigmoid().float().reshape(rows.num_rows, -1)
-        return {name: probabilities_BT[:, number].numpy() for number, name in enumerate(self.outputs)}
+            found_BT = torch.cat([self._probabilities(rows.part(*span)) for span in _spans(self.longest_of(rows))])
+        return {name: found_BT[:, number].numpy() for number, name in enumerate(self.outputs)}
+
+    def _probabilities(self, rows: Rows) -> Tensor:
+        """[B, T]."""
+        embeddings_BFD = self._looked_up(rows, "embedding")
+        linear_BF = self._looked_up(rows, "linear").flatten(1)
+        given = [torch.from_numpy(rows.dense), embeddings_BFD, linear_BF]
+        logits = self.artifact.model(*given, *(self._padded(rows) if self._sequences else ()))
+        return logits.double().sigmoid().float().reshape(rows.num_rows, len(self.outputs))
+
+    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The rows of each sequence followed by zeros, [B, S, L, D] with L at least 1, and their numbers, [B, S]."""
+        longest = max(1, int(self.longest_of(rows).max()))
+        padded, begins = [], np.arange(rows.num_rows) * longest
+        for table, number in self._sequences:
+            ids, lengths = rows.ids[number], rows.lengths[number]
+            places = np.repeat(begins - (lengths.cumsum() - lengths), lengths) + np.arange(len(ids))
+            cells = np.zeros((rows.num_rows * longest, table.dim), dtype=np.float32)
+            cells[places] = table.take(self.artifact.spaces[table.space].rows_of(ids))
+            padded.append(cells.reshape(rows.num_rows, longest, table.dim))
+        lengths_BS = np.stack([rows.lengths[number] for _, number in self._sequences], axis=1)
+        return torch.from_numpy(np.stack(padded, axis=1)), torch.from_numpy(lengths_BS)
 
     def _looked_up(self, rows: Rows, role: str) -> Tensor:
         """[B, F, D] of all tables of one role; [B, 0, 0] where there is none."""
@@ -177,6 +223,21 @@ class Scorer:
         if table.pooling == "mean":
             sums_FBD = sums_FBD / torch.from_numpy(lengths_FB).unsqueeze(2).clamp(min=1)
         return sums_FBD.transpose(0, 1)
+
+
+def _spans(longest_B: Int64s) -> list[tuple[int, int]]:
+    """Where to cut rows so that what is padded to the longest of a part has a bounded size.
+
+    >>> _spans(np.array([1 << 14, 1, 1 << 15, 1, 1]))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    found, begin, longest = [], 0, 0
+    for row, length in enumerate(longest_B.tolist() if longest_B.max() * len(longest_B) > _PLACES_AT_ONCE else ()):
+        longest = max(longest, length)
+        if begin < row and (row + 1 - begin) * longest > _PLACES_AT_ONCE:
+            found.append((begin, row))
+            begin, longest = row, length
+    return [*found, (begin, len(longest_B))]
 
 
 def _hash(text: str) -> int:

@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser, path: Path | None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves that to it")
     parser.add_argument("--wait-ms", type=float, default=1.0, help="longest wait for other requests on their way")
     parser.add_argument("--max-rows", type=int, default=4096, help="most rows of a request (default %(default)s)")
+    parser.add_argument("--max-history", type=int, default=1000, help="most ids of a sequence (default %(default)s)")
     parser.add_argument("--max-bytes", type=int, default=8 << 20, help="longest request (default %(default)s)")
     parser.add_argument("--updates", type=Path, help="folder of what POST /update may name; without it, nothing")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its checksum before serving")
@@ -60,15 +61,17 @@ class HTTPError(Exception):
 class Service:
     """Answers requests together: a thread scores what has come while it scored the last."""
 
-    def __init__(self, artifact: Artifact, *, wait_seconds: float, most_rows: int, updates: Path | None) -> None:
-        """Of a model; ``most_rows``: scored together."""
+    def __init__(
+        self, artifact: Artifact, *, wait_seconds: float, most_rows: int, most_ids: int, updates: Path | None
+    ) -> None:
+        """Of a model; ``most_rows``: scored together; ``most_ids``: of a sequence."""
         from trainer.scorer import Scorer
 
         self.scorer: Scorer = Scorer(artifact)
         self.counts = {"requests": 0, "rows": 0, "batches": 0, "updates": 0}
         self.ending = threading.Event()
         self._updates = updates
-        self._wait_seconds, self._most_rows = wait_seconds, most_rows
+        self._wait_seconds, self._most_rows, self._most_ids = wait_seconds, most_rows, most_ids
         self._waiting: queue.SimpleQueue[tuple[Rows, Future[tuple[str, dict[str, list[float]]]]]] = queue.SimpleQueue()
         self._at_work = 0
         self._lock, self._updating = threading.Lock(), threading.Lock()
@@ -92,11 +95,13 @@ class Service:
         """
         if not isinstance(request, dict):
             request = {}
-        rows = self.scorer.read(request.get("rows"))
-        if rows.num_rows > self._most_rows:
-            raise HTTPError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{rows.num_rows} rows, expected at most {self._most_rows}"
-            )
+        scorer = self.scorer
+        rows = scorer.read(request.get("rows"))
+        limits = {"rows": (rows.num_rows, self._most_rows)}
+        limits["ids in a sequence"] = (int(scorer.longest_of(rows).max()), self._most_ids)
+        for what, (number, most) in limits.items():
+            if number > most:
+                raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{number} {what}, expected at most {most}")
         answer: Future[tuple[str, dict[str, list[float]]]] = Future()
         self._waiting.put((rows, answer))
         version, probabilities = answer.result()
@@ -292,7 +297,11 @@ def run(arguments: argparse.Namespace) -> int:
     artifact = load(arguments.path, verify=arguments.verify)
     seconds = time.perf_counter() - started
     service = Service(
-        artifact, wait_seconds=arguments.wait_ms / 1000, most_rows=arguments.max_rows, updates=arguments.updates
+        artifact,
+        wait_seconds=arguments.wait_ms / 1000,
+        most_rows=arguments.max_rows,
+        most_ids=arguments.max_history,
+        updates=arguments.updates,
     )
     try:
         server = _Server((arguments.host, arguments.port), service, arguments.max_bytes)
