@@ -1,16 +1,19 @@
 """What serving costs: how long an export takes to load, and how long its server takes to answer.
 
-Trains DeepFM for two steps on made data, exports it, loads it in processes of their own, and asks its server over
-loopback, from threads of this process that each keep a connection. Client and server share the machine.
+Trains DeepFM for two steps on made data and exports it. Copies of the export with larger tables are loaded in processes
+of their own, from disk and from the page cache. The export's server is asked over loopback, from threads of this
+process that each keep a connection: client and server share the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,28 +31,41 @@ from tabulate import tabulate
 
 from benchmarks import process
 from benchmarks.record import RESULTS, ROOT, percentiles, provenance, write
+from trainer.artifact import MANIFEST, checksum_of
 
 STORED = ("float32", "float16", "int8")
 _LOAD = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
-from trainer.artifact import load
-from trainer.scorer import Scorer
 begun = time.perf_counter()
-Scorer(load(Path(sys.argv[1]), verify=sys.argv[2] == "verified"))
-Path(sys.argv[3]).write_text(json.dumps(time.perf_counter() - begun))
+sys.path.insert(0, sys.argv[1])
+import torch
+from artifact import load
+from scorer import Scorer
+imported = time.perf_counter()
+scorer = Scorer(load(Path(sys.argv[1]), verify=sys.argv[2] == "verified"))
+loaded = time.perf_counter()
+rows = scorer.read(json.loads(Path(sys.argv[3]).read_text())["rows"])
+asked = time.perf_counter()
+scorer.score(rows)
+found = [imported - begun, loaded - imported, time.perf_counter() - asked]
+Path(sys.argv[4]).write_text(json.dumps(found))
 """
+_PARTS = ("import", "load", "first_answer")
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """How much is measured."""
 
-    table_rows: int
-    """Rows of the table of embeddings, 15 wide, and of the 1-wide one."""
+    rows: int
+    """Of the tables that are trained, 15 wide and 1 wide, and served."""
+
+    loaded: tuple[tuple[str, int], ...]
+    """How rows are stored, and how many there are, of each copy that is loaded."""
 
     loads: int
-    """How often each export is loaded."""
+    """How often each is."""
 
     cases: tuple[tuple[int, int], ...]
     """Clients, and rows of a request."""
@@ -58,8 +74,24 @@ class Sizes:
     """Of each client."""
 
 
-FULL = Sizes(table_rows=4_000_000, loads=5, cases=((1, 1), (8, 1), (1, 100), (8, 100)), requests=300)
-QUICK = Sizes(table_rows=2_000, loads=1, cases=((2, 3),), requests=5)
+MILLION = 1_000_000
+FULL = Sizes(
+    rows=MILLION,
+    loaded=(
+        *(("float32", rows) for rows in (4 * MILLION, 16 * MILLION, 64 * MILLION)),
+        *((stored, 64 * MILLION) for stored in STORED[1:]),
+    ),
+    loads=5,
+    cases=((1, 1), (8, 1), (1, 64), (8, 64)),
+    requests=500,
+)
+QUICK = Sizes(
+    rows=2_000,
+    loaded=(("float32", 4_000), ("float32", 9_000), ("int8", 9_000)),
+    loads=1,
+    cases=((2, 3),),
+    requests=5,
+)
 
 
 def trained(folder: Path, rows: int) -> Path:
@@ -76,18 +108,55 @@ def trained(folder: Path, rows: int) -> Path:
     return output
 
 
-def measure_load(path: Path, times: int) -> dict[str, Any]:
-    """Seconds to load an export, memory mapped, and with every checksum compared."""
+def enlarged(path: Path, out: Path, rows: int) -> Path:
+    """A copy of an export of hashed ids whose tables have so many rows: those that it has, over and over."""
+    shutil.copytree(path, out)
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for space in manifest["spaces"].values():
+        space |= {"num_ids": rows, "buckets": rows}
+    for file in (name for table in manifest["tables"] for name in (table["file"], table["scales"]) if name):
+        old = np.load(path / file)
+        new = np.lib.format.open_memmap(out / file, "w+", old.dtype, (rows + 1, old.shape[1]))
+        for at in range(0, len(new), len(old)):
+            new[at : at + len(old)] = old[: len(new) - at]
+        new.flush()
+    manifest["files"] = {name: _sealed(out / name) for name in manifest["files"]}
+    manifest.pop("checksum")
+    (out / MANIFEST).write_text(json.dumps(manifest | {"checksum": checksum_of(manifest)}), encoding="utf-8")
+    return out
+
+
+def _sealed(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def forget(path: Path) -> None:
+    """Let the system's page cache go of the files in a folder."""
+    for file in path.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+            os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_load(path: Path, times: int, request: bytes) -> dict[str, Any]:
+    """Seconds to load an export: its files on disk, or in the page cache, or there and with every checksum compared.
+
+    And to answer the first request, which brings the rows that it reads into memory.
+    """
     size = sum(file.stat().st_size for file in path.iterdir()) / (1 << 30)
     found: dict[str, Any] = {"gib": float(f"{size:.4g}")}
-    for how in ("mapped", "verified"):
+    asked, answer = path.parent / "request.json", path.parent / "seconds.json"
+    asked.write_bytes(request)
+    for how in ("cold", "verified", "warm"):
         seconds = []
         for _ in range(times):
-            answer = path.parent / "seconds.json"
-            process.run("load", ["-c", _LOAD, path, how, answer], os.environ)
+            if how == "cold":
+                forget(path)
+            process.run("load", ["-c", _LOAD, path, how, asked, answer], os.environ)
             seconds.append(json.loads(answer.read_text(encoding="utf-8")))
-        found[f"{how}_seconds"] = percentiles(seconds)
-        found[f"{how}_seconds_per_gib"] = float(f"{np.median(seconds) / size:.4g}")
+        parts = zip(_PARTS, np.transpose(seconds), strict=True)
+        found[how] = {f"{part}_seconds": percentiles(each) for part, each in parts}
     return found
 
 
@@ -151,27 +220,42 @@ def measure_server(path: Path, data: Path, sizes: Sizes) -> list[dict[str, Any]]
 
 def measure(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Loads and answers."""
-    output = trained(folder, sizes.table_rows)
-    loads = {}
+    output, data = trained(folder, sizes.rows), folder / "data"
     for stored in STORED:
-        path = folder / stored
-        process.run("export", ["-m", "trainer", "export", output, path, "--rows", stored], os.environ)
-        loads[stored] = measure_load(path, sizes.loads)
-    return {**asdict(sizes), "load": loads, "answers": measure_server(folder / STORED[0], folder / "data", sizes)}
+        process.run("export", ["-m", "trainer", "export", output, folder / stored, "--rows", stored], os.environ)
+    request = requests_of(data, folder / STORED[0], 64)[0]
+    loads = []
+    for stored, rows in sizes.loaded:
+        path = enlarged(folder / stored, folder / "enlarged", rows)
+        loads.append({"stored": stored, "rows": rows} | measure_load(path, sizes.loads, request))
+        shutil.rmtree(path)
+    found = {"loads": loads, "answers": measure_server(folder / STORED[0], data, sizes)}
+    return {**asdict(sizes), **found, "load_average_at_the_end": [round(load, 2) for load in os.getloadavg()]}
+
+
+def seconds_per_gib(loads: Sequence[dict[str, Any]], how: str) -> float:
+    """The slope of a line through the times to load; of float32 rows."""
+    chosen = [load for load in loads if load["stored"] == STORED[0]]
+    times = [load[how]["load_seconds"]["p50"] for load in chosen]
+    return float(np.polyfit([load["gib"] for load in chosen], times, 1)[0])
 
 
 def tables_of(record: dict[str, Any]) -> str:
     """The record as tables."""
+    ways = ("cold", "warm", "verified")
     loads = [
-        [stored, f"{found['gib']:.3f}"]
-        + [
-            cell
-            for how in ("mapped", "verified")
-            for cell in (f"{found[f'{how}_seconds']['p50']:.2f}", f"{found[f'{how}_seconds_per_gib']:.2f}")
-        ]
-        for stored, found in record["load"].items()
+        [load["stored"], f"{load['rows']:,}", f"{load['gib']:.2f}"]
+        + [f"{load[how]['load_seconds']['p50']:.3f}" for how in ways]
+        + [f"{1000 * load[how]['first_answer_seconds']['p50']:.0f}" for how in ways[:2]]
+        for load in record["loads"]
     ]
-    headers = ["rows stored as", "GiB", "load s", "s per GiB", "with checksums s", "s per GiB"]
+    slopes = ", ".join(f"{how} {seconds_per_gib(record['loads'], how):.4f}" for how in ways)
+    imports = np.median([load["warm"]["import_seconds"]["p50"] for load in record["loads"]])
+    text = (
+        f"Seconds a GiB of float32 rows, by a line through the sizes: {slopes}. Importing torch and the export's code "
+        f"takes {imports:.1f} s before that. {record['requests']} requests of each client."
+    )
+    headers = ["stored as", "rows", "GiB", "load s, cold", "warm", "with checksums", "first answer ms, cold", "warm"]
     answers = [
         [
             *(found["clients"], found["rows"]),
@@ -181,10 +265,11 @@ def tables_of(record: dict[str, Any]) -> str:
         for found in record["answers"]
     ]
     of_answers = ["clients", "rows a request", "p50 ms", "p90 ms", "p99 ms", "rows/s"]
-    return "\n\n".join(
+    tables = [
         tabulate(rows, names, tablefmt="github", disable_numparse=True, colalign=["right"] * len(names))
         for rows, names in ((loads, headers), (answers, of_answers))
-    )
+    ]
+    return f"{tables[0]}\n\n{text}\n\n{tables[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

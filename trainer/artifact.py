@@ -273,8 +273,8 @@ def _table(path: Path, table: Mapping[str, Any], *, mapped: bool = True) -> Tabl
         raise ServingError(f"{path / table['file']} is {cells.dtype}, expected {table['stored']}; export it again")
     scales = _array(path, table["scales"], mapped=mapped) if table["scales"] else None
     described = {name: table[name] for name in ("name", "role", "dim", "pooling", "space")}
-    read = {name: tuple(table[name]) for name in ("features", "sequences")}
-    return Table(**described, **read, rows=Rows(cells, scales))
+    features, sequences = (tuple(table[name]) for name in ("features", "sequences"))
+    return Table(**described, features=features, sequences=sequences, rows=Rows(cells, scales))
 
 
 def load_graph(path: Path) -> Graph:

@@ -168,9 +168,9 @@ def _operator(target: str) -> Callable[..., Any]:
     if found := _ATEN.fullmatch(target):
         overloads = getattr(torch.ops.aten, found[1])
         if found[2] in overloads.overloads():
-            return getattr(overloads, found[2])  # type: ignore[no-any-return]
+            return getattr(overloads, found[2])
     if found := _SIZES.fullmatch(target):
-        return getattr(operator, found[1])  # type: ignore[no-any-return]
+        return getattr(operator, found[1])
     if target == "torch.ops.higher_order.scan":
         return _scan
     raise GraphError(f"has the operator {target}, which is not among those of our models")
