@@ -94,6 +94,7 @@ ORDER = (
     "graph",
     "artifact",
     "scorer",
+    "watch",
     "serve",
     "saved_model",
     "export",

@@ -142,9 +142,16 @@ def _refuses(server: Server, rows: list[dict[str, Any]]) -> None:
     assert server.ask("/predict", {"rows": rows[:1]})[0] == 200
 
 
-def test_what_is_being_asked_at_sigterm_is_answered(served_run: Path, tmp_path: Path) -> None:
+def test_a_watched_update_is_served_and_what_is_being_asked_at_sigterm_is_answered(
+    served_run: Path, tmp_path: Path
+) -> None:
     rows = rows_of(served_run)[:10]
-    with serving(exported(served_run, tmp_path / "out")) as server:
+    first = exported(served_run, tmp_path / "out", step=STEPS[0])
+    with serving(first, "--watch", tmp_path / "updates", "--watch-seconds=0.05") as server:
+        exported(served_run, tmp_path / "updates" / "second", "--since", first, step=STEPS[1])
+        while not (health := server.ask("/health")[1])["updates"]:
+            pass
+        assert (health["step"], health["refused"]) == (STEPS[1], 0)
         body = json.dumps({"rows": rows}).encode()
         head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as slow:

@@ -24,6 +24,7 @@ from trainer import artifact
 from trainer import graph as graph_code
 from trainer import scorer as scorer_code
 from trainer import serve as serve_code
+from trainer import watch as watch_code
 from trainer.artifact import FORMAT, GRAPH, MANIFEST, Int64s, Rows, ServingError
 from trainer.errors import OutputError
 from trainer.location import Location, is_folder, is_there, sync_directory
@@ -34,7 +35,13 @@ _ROWS_AT_ONCE = 1 << 18
 _FEWEST_COLUMNS = 3
 """From which on 8 bits a column, a scale and an offset are less than float32."""
 
-_CODE = {"graph.py": graph_code, "artifact.py": artifact, "scorer.py": scorer_code, "serve.py": serve_code}
+_CODE = {
+    "graph.py": graph_code,
+    "artifact.py": artifact,
+    "scorer.py": scorer_code,
+    "watch.py": watch_code,
+    "serve.py": serve_code,
+}
 
 
 def stored_as(rows: NDArray[np.float32], stored: Stored, name: str) -> Rows:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,8 @@ def add_options(parser: argparse.ArgumentParser, path: Path | None) -> None:
     parser.add_argument("--max-history", type=int, default=1000, help="most ids of a sequence (default %(default)s)")
     parser.add_argument("--max-bytes", type=int, default=8 << 20, help="longest request (default %(default)s)")
     parser.add_argument("--updates", type=Path, help="folder of what POST /update may name; without it, nothing")
+    parser.add_argument("--watch", type=Path, help="folder to look into for updates, which are taken in their order")
+    parser.add_argument("--watch-seconds", type=float, default=5.0, help="how often (default %(default)s)")
     parser.add_argument("--verify", action="store_true", help="compare every byte with its checksum before serving")
 
 
@@ -71,6 +73,7 @@ class Service:
         self.counts = {"requests": 0, "rows": 0, "batches": 0, "updates": 0}
         self.ending = threading.Event()
         self._updates = updates
+        self._refused: Callable[[], int] = lambda: 0
         self._wait_seconds, self._most_rows, self._most_ids = wait_seconds, most_rows, most_ids
         self._waiting: queue.SimpleQueue[tuple[Rows, Future[tuple[str, dict[str, list[float]]]]]] = queue.SimpleQueue()
         self._at_work = 0
@@ -118,6 +121,7 @@ class Service:
             "features": self.scorer.features,
             "at_work": self.at_work,
             **self.counts,
+            "refused": self._refused(),
         }
 
     def update(self, request: Any) -> dict[str, Any]:
@@ -126,15 +130,25 @@ class Service:
         Raises:
             ServingError: it is damaged, does not follow, or reads other features.
         """
-        from trainer.artifact import ServingError, changed_by, load, read_manifest
-        from trainer.scorer import Scorer
+        from trainer.artifact import ServingError
 
         name = request.get("path") if isinstance(request, dict) else None
         if self._updates is None:
             raise HTTPError(HTTPStatus.FORBIDDEN, "this server takes no updates; start it with --updates FOLDER")
         if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
             raise ServingError(f'"path" is {name!r}, expected the name of what lies in {self._updates}')
-        path = self._updates / name
+        new = self.take(self._updates / name)
+        return {"version": new.version, "step": new.manifest["step"]}
+
+    def take(self, path: Path) -> Artifact:
+        """Serve a whole export, or what follows from this model and changes; which is returned.
+
+        Raises:
+            ServingError: it is damaged, does not follow, or reads other features.
+        """
+        from trainer.artifact import ServingError, changed_by, load, read_manifest
+        from trainer.scorer import Scorer
+
         with self._updating:
             whole = read_manifest(path)["kind"] == "export"
             new = Scorer(load(path, verify=True) if whole else changed_by(self.scorer.artifact, path))
@@ -142,7 +156,15 @@ class Service:
                 raise ServingError(f"{path} has other features, transforms or outputs than the model that is served")
             self.scorer = new
             self.counts["updates"] += 1
-        return {"version": new.artifact.version, "step": new.artifact.manifest["step"]}
+        return new.artifact
+
+    def watch(self, folder: Path, seconds: float) -> None:
+        """Take what appears in a folder, from a thread of its own; each is a line of the log."""
+        from trainer.watch import Watcher
+
+        watcher = Watcher(folder, lambda: self.scorer.artifact.version, self.take, _log)
+        self._refused = lambda: watcher.refused
+        threading.Thread(target=watcher.watch, args=(seconds, self.ending), name="watch", daemon=True).start()
 
     def _score_for_ever(self) -> None:
         from trainer.scorer import joined
@@ -281,6 +303,11 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def _log(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then answer what is being asked; an exit code.
 
@@ -312,14 +339,15 @@ def run(arguments: argparse.Namespace) -> int:
     threading.Thread(target=server.serve_forever, name="listen", daemon=True).start()
     host, port = server.server_address[:2]
     what = f"step {artifact.manifest['step']}, version {artifact.version[:12]}, loaded in {seconds:.2f} s"
-    sys.stderr.write(f"serving {arguments.path} on http://{host!s}:{port}: {what}\n")
-    sys.stderr.flush()
+    _log(f"serving {arguments.path} on http://{host!s}:{port}: {what}")
+    if arguments.watch is not None:
+        service.watch(arguments.watch, arguments.watch_seconds)
     service.ending.wait()
     server.shutdown()
     deadline = time.monotonic() + _ENDING_SECONDS
     while service.at_work and time.monotonic() < deadline:
         time.sleep(0.01)
-    sys.stderr.write(f"ended after {service.counts['requests']:,} requests\n")
+    _log(f"ended after {service.counts['requests']:,} requests")
     return _DONE
 
 
