@@ -103,6 +103,7 @@ class _OfTensors(nn.Module):
     def forward(
         self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor, rows_BSLD: Tensor, lengths_BS: Tensor
     ) -> Tensor:
+        """Return its logits; the last two are those of ``Sequences``."""
         logits: Tensor = self.model(dense_BN, embeddings_BFD, linear_BF, Sequences(rows_BSLD, lengths_BS))
         return logits
 

@@ -17,7 +17,7 @@ Handler: TypeAlias = Callable[[argparse.Namespace], int]
 _SERVING = """
 OUT gets the ids that have rows, these rows and the cold row, the dense part as a graph of torch.export, and serve.py,
 which serves them with torch and numpy alone. Moments are left out. It appears whole, or not at all. With --since, OUT
-has only what is new, changed or gone, which a server of the earlier model takes in by POST /update.
+has only what is new, changed or gone, which a server of the earlier model takes in: POST /update, or --watch.
 """
 
 
