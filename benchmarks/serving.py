@@ -81,7 +81,7 @@ FULL = Sizes(
         *(("float32", rows) for rows in (4 * MILLION, 16 * MILLION, 64 * MILLION)),
         *((stored, 64 * MILLION) for stored in STORED[1:]),
     ),
-    loads=5,
+    loads=3,
     cases=((1, 1), (8, 1), (1, 64), (8, 64)),
     requests=500,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_any_changes_one_after_the_other_give_the_rows_that_a_dictionary_does(ki
         found = [contents[row] for row in space.rows_of(asked)]
         assert found == [expected.get(int(id_), f"cold {change}") for id_ in asked]
         assert len(contents) == len(known) + 1 + space.num_changed_rows
+
+
+def test_looking_up_few_of_many_ids_takes_memory_for_the_few() -> None:
+    ids = np.arange(0, 3_000_000, 3)
+    space = Space("exact", 0, ids, len(ids), NOTHING, NOTHING)
+    tracemalloc.start()
+    found = space.rows_of(int64s(0, 1, 2_999_997))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == [1, 0, 1_000_000]
+    assert peak < 100_000
 
 
 def test_any_flipped_byte_is_refused_in_one_line(served_run: Path, tmp_path: Path) -> None:

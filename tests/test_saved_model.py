@@ -16,7 +16,7 @@ from trainer.saved_model import write_graph
 
 
 def test_every_model_becomes_a_graph_for_any_number_of_rows(tmp_path: Path) -> None:
-    """Of each kind the last variant, which has the most options."""
+    """Of each kind the last variant, which has the most options; those of sequences are in test_serving_kinds.py."""
     chosen = dict(test_models.VARIANTS)
     assert chosen.keys() == models.MODELS.keys() - dict(test_models_sequences.VARIANTS).keys()
     for kind, options in chosen.items():
@@ -27,20 +27,6 @@ def test_every_model_becomes_a_graph_for_any_number_of_rows(tmp_path: Path) -> N
         for rows in (1, 2, 700):
             given = test_models.inputs(rows)
             torch.testing.assert_close(graph(*given), model(*given), rtol=1e-5, atol=1e-6)
-
-
-def test_every_model_of_sequences_becomes_a_graph_for_any_lengths(tmp_path: Path) -> None:
-    """Of each kind the last variant, too."""
-    for kind, options in dict(test_models_sequences.VARIANTS).items():
-        torch.manual_seed(0)
-        model = test_models_sequences.make(kind, options).eval()
-        num_sequences = 4 if "negatives" in options else 2
-        write_graph(model, tmp_path / kind, [(2,), (3, 4), (0,)], num_sequences)
-        graph = read_graph(tmp_path / kind)
-        for lengths, longest in (((3, 0, 5, 1), 5), ((0,), 1), ((1,), 1), ((0, 0), 4), ((30,) * 3, 30)):
-            *given, sequences = test_models_sequences.inputs(options, lengths, longest=longest)
-            expected = model(*given, sequences)
-            torch.testing.assert_close(graph(*given, *sequences), expected, rtol=1e-5, atol=1e-6)
 
 
 class Odd(nn.Module):

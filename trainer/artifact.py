@@ -76,10 +76,13 @@ class Space:
         if self.ids is None:
             rows = np.where((ids >= 0) & (ids < self.num_ids), ids + 1, 0)
         else:
-            rows = _found(self.ids, ids, np.arange(1, self.num_ids + 1), np.zeros(len(ids), dtype=np.int64))
+            at, is_known = _places(self.ids, ids)
+            rows = np.where(is_known, at + 1, 0)
         if not self.num_changed_rows:
             return rows
-        rows = _found(self.changed, ids, self.places, rows)
+        at, is_changed = _places(self.changed, ids)
+        if len(self.changed):
+            rows = np.where(is_changed, self.places[at], rows)
         return np.where(rows == 0, self.num_ids + 1, rows)
 
     def with_changes(self, ids: Int64s, gone: Int64s) -> tuple[Space, Int64s]:
@@ -103,12 +106,12 @@ class Space:
         return changed, before[has_row] - (self.num_ids + 1)
 
 
-def _found(known: Int64s, ids: Int64s, values: Int64s, otherwise: Int64s) -> Int64s:
-    """The value of each id that is among the ascending ``known``, else what ``otherwise`` has."""
+def _places(known: Int64s, ids: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
+    """Where each id would be among the ascending ``known``, and whether it is; takes memory for ``ids`` alone."""
     if not len(known):
-        return otherwise
+        return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
     at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-    return np.where(known[at] == ids, values[at], otherwise)
+    return at, known[at] == ids
 
 
 @dataclass(frozen=True, slots=True)
