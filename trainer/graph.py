@@ -148,7 +148,8 @@ def _tensors(archive: zipfile.ZipFile, folder: str, config: str) -> dict[str, Te
         described = entry["tensor_meta"]
         content = bytearray(archive.read(f"{folder}/{entry['path_name']}"))
         dtype = _TYPES[described["dtype"]]
-        flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+        # in memory of torch's own, aligned as the model's was: products of matrices round differently elsewhere
+        flat = torch.frombuffer(content, dtype=dtype).clone() if content else torch.empty(0, dtype=dtype)
         sizes, strides = ([int(part["as_int"]) for part in described[key]] for key in ("sizes", "strides"))
         found[name] = flat.as_strided(sizes, strides, int(described["storage_offset"]["as_int"]))
     return found
