@@ -68,9 +68,9 @@ class Diagnostics:
         Per part ``gradient_norm``, of the last step's gradient over the global batch, clipped if it was; 0 where there
         is none; ``weight_norm``; ``update_ratio``, the norm of the segment's change over that of the weights before it
         (left out where that is 0). Per ReLU ``dead_units``: the share of units that are 0 on all rows of the last
-        global batch; units of other activations are not lost so: PReLU's learned slope, and the curves of Dice, GELU and
-        SiLU, let a gradient through where ReLU has none. Per term of the logit ``share``: of the mean
-        absolute values of all terms on these rows. For those of tables see ``TableDiagnostics``.
+        global batch; units of other activations are not lost so: the learned slope of PReLU and the curves of Dice,
+        GELU and SiLU let a gradient through where ReLU has none. Per term of the logit ``share``: of the mean absolute
+        values of all terms on these rows. For those of tables see ``TableDiagnostics``.
         """
         found = self._norms()
         found |= {f"{PREFIX}/dead_units/{name}": share for name, share in self._dead_units()}

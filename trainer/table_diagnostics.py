@@ -89,8 +89,8 @@ class TableDiagnostics:
 
         Over the distinct rows that the step's global batch read, whose number is ``table_rows_read``:
         ``table_gradient_norm``: of the gradient of the mean loss over the global batch. A row that several rows of the
-        batch read, on whatever ranks, has one gradient, the sum of theirs; that of all other rows is zero, so that it is
-        the norm of the whole table's gradient: without L2, and before anything is clipped.
+        batch read, on whatever ranks, has one gradient, the sum of theirs; that of all other rows is zero, so that this
+        is the norm of the whole table's gradient: without L2, and before anything is clipped.
         ``table_row_norm``: the root of the mean square of the rows' norms, after the step.
         ``table_step_ratio``: the norm of their change by the step over the norm of them all before it. Left out where
         that is 0, and where rows are rounded on their way between ranks, so that they are not known to the last bit.
