@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,7 +155,9 @@ def test_dead_units_are_found_in_every_model_that_has_a_relu() -> None:
 
 # Runs
 
-STEPS = 10
+STEPS = 12
+"""The first epoch's last global batch, of step 11, has one row: a rank has none."""
+
 ROWS = {"ids": "hashed", "rows": 300, "dim": 15}
 SGD = {"kind": "sgd", "lr": 0.1}
 TABLES: list[dict[str, Any]] = [
@@ -165,25 +169,24 @@ TABLES: list[dict[str, Any]] = [
     {"name": "packed", "role": "linear", "features": ["f4"], "ids": "exact", "rows": 16, "dim": 1, "optimizer": SGD},
     {"name": "whole", "role": "linear", "features": list(SPARSE), **ROWS, "dim": 1, "sharding": ["table_wise"]},
 ]
-"""Every way to shard on one host and every kind of kernel; the last in its default optimizer."""
+"""Every way to shard on one host and every kind of kernel."""
+
+UNREAD = {"name": "unread", "features": ["none"], **ROWS, "sharding": ["row_wise"]}
+KEYS = [f"{table.get('role', 'embedding')}.{table['name']}.weight" for table in TABLES]
 
 
-def key_of(table: dict[str, Any]) -> str:
-    return f"{table.get('role', 'embedding')}.{table['name']}.weight"
-
-
-def described(click_log: Path, name: str, *, diagnostics: bool, segment_steps: int = 5) -> dict[str, Any]:
-    """The checkpoints of steps 9 and 10 are kept."""
+def described(click_log: Path, name: str, *, diagnostics: bool, steps: int = STEPS, every: int = 5) -> dict[str, Any]:
+    """Segments end, and checkpoints are made, every few steps, and at the ends of epochs and of the run."""
     plain = run_plain(
         click_log,
         output=str(click_log / name),
-        max_steps=STEPS,
-        segment_steps=segment_steps,
+        max_steps=steps,
+        segment_steps=every,
         model={"kind": "deepfm", "hidden": [16, 8], "dropout": 0.2},
-        checkpoint={"every_steps": 3 if segment_steps == 5 else 0},
+        checkpoint={"every_steps": every},
         report={"diagnostics": diagnostics},
     )
-    return plain | {"tables": TABLES}
+    return plain | {"tables": [*TABLES, UNREAD]}
 
 
 def seen(output: Path) -> list[dict[str, float]]:
@@ -193,13 +196,16 @@ def seen(output: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Outcome]]:
-    """By number of ranks a run without diagnostics, the same with them, and one more that is a single segment."""
+    """By number of ranks a run without diagnostics, the same with them, and one of ten steps in a single segment."""
     folder = tmp_path_factory.mktemp("runs")
-    write_click_log(folder)
+    write_click_log(folder, rows=641)
+    for path in folder.glob("*/*.parquet"):
+        rows = pq.read_table(path)
+        pq.write_table(rows.append_column("none", pa.nulls(len(rows), pa.list_(pa.int64()))), path, row_group_size=100)
     found = {}
     for ranks in (1, 2):
         runs = [described(folder, f"{ranks}-{on}", diagnostics=on) for on in (False, True)]
-        runs.append(described(folder, f"{ranks}-one-segment", diagnostics=True, segment_steps=STEPS))
+        runs.append(described(folder, f"{ranks}-ten", diagnostics=True, steps=10, every=10))
         found[ranks] = run_ranks(train_all, ranks, runs, timeout=200)[0]
     return found
 
@@ -210,29 +216,29 @@ def test_a_run_is_the_same_to_the_last_bit_with_diagnostics_and_two_ranks_see_wh
 ) -> None:
     for without, with_, _ in both.values():
         assert without.digests == with_.digests
-        assert seen(without.output) == [{}] * 5
+        assert seen(without.output) == [{}] * 4
     one, two = (seen(both[ranks][1].output) for ranks in (1, 2))
-    assert {
-        "diagnostics/share/first_order",
-        "diagnostics/gradient_norm/mlp",
-        "diagnostics/dead_units/mlp.mlp.1",
-        *(f"diagnostics/table_gradient_norm/{key_of(table)}" for table in TABLES),
-    } <= one[0].keys()
+    names = {"share/first_order", "gradient_norm/mlp", "dead_units/mlp.mlp.1"}
+    names |= {f"table_gradient_norm/{key}" for key in KEYS}
     for first, second in zip(one, two, strict=True):
+        assert {f"diagnostics/{name}" for name in names} <= first.keys()
         assert second == pytest.approx(first, rel=1e-4)
-        assert all(value > 0 for key, value in first.items() if "gradient_norm" in key)
+        unread = f"embedding.{UNREAD['name']}.weight"
+        assert {key for key in first if unread in key} == {
+            f"diagnostics/table_{name}/{unread}" for name in ("rows_read", "gradient_norm")
+        }
+        assert [line.split()[1] for line in without_gradient(first)] == [unread]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_is_said_of_a_table_is_what_its_checkpoints_before_and_after_the_step_say(
     both: dict[int, list[Outcome]], ranks: int
 ) -> None:
-    """SGD makes a gradient times its rate of each row that is read, so that the tables themselves are the oracle."""
+    """SGD takes the gradient times its rate from each row that is read, so that the tables themselves tell it."""
     output = both[ranks][1].output
     values = seen(output)[-1]
     checkpoints = [path_of(output / "checkpoints", step) for step in (STEPS - 1, STEPS)]
-    for table in TABLES:
-        key = key_of(table)
+    for table, key in zip(TABLES, KEYS, strict=True):
         if table.get("optimizer") == SGD and table["ids"] == "hashed":
             before, after = (saved_table(path, manifests.read(path), key).astype(float) for path in checkpoints)
             read = (before != after).any(axis=1)
@@ -251,15 +257,16 @@ def test_what_is_said_of_a_table_is_what_its_checkpoints_before_and_after_the_st
 def test_what_is_said_of_tables_is_of_the_last_step_however_long_the_segment(
     both: dict[int, list[Outcome]], ranks: int
 ) -> None:
-    short, long = (seen(outcome.output)[-1] for outcome in both[ranks][1:])
+    short, long = (seen(both[ranks][1].output)[1], seen(both[ranks][2].output)[0])
     of_tables = [key for key in short if "/table_" in key]
-    assert len(of_tables) == 4 * len(TABLES)
+    assert len(of_tables) == 4 * len(TABLES) + 2
     assert [long[key] for key in of_tables] == [short[key] for key in of_tables]
     assert len(seen(both[ranks][2].output)) == 1
 
 
 def test_the_terminal_shows_a_table(click_log: Path, tmp_path: Path) -> None:
-    run = described(click_log, "unused", diagnostics=False) | {"output": str(tmp_path / "run"), "max_steps": 5}
+    run = described(click_log, "unused", diagnostics=False, steps=5)
+    run |= {"output": str(tmp_path / "run"), "tables": TABLES}
     trained = call("train", write_toml(tmp_path / "run.toml", run), "--diagnostics")
     assert trained.code == 0, trained.errors
     assert "gradient norm" in trained.errors

@@ -96,7 +96,7 @@ class Diagnostics:
 
     def _shares(self) -> Iterator[tuple[str, float]]:
         """With the weights at the end of the segment and as in scoring, without dropout; none of a single term."""
-        if not isinstance(self._model, CTRModel) or len(self._inputs) != 3:  # sequences, which no sum is made of
+        if not isinstance(self._model, CTRModel) or not self._inputs:
             return
         self._model.eval()
         terms = self._model.terms(*self._inputs)
@@ -119,7 +119,7 @@ class Diagnostics:
             yield name, float((alive_H == 0).double().mean())
 
     def _keep_inputs(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.training:
+        if module.training and len(inputs) == 3:  # else there are sequences, which no model makes a sum of
             self._inputs = tuple(tensor.detach() for tensor in inputs)
 
     def _remember(self, name: str) -> Any:
@@ -138,14 +138,10 @@ def watch(state: TrainState) -> Diagnostics:
 def without_gradient(values: Mapping[str, float]) -> list[str]:
     """What got no gradient in the segment's last step: a line for each part, and for each table."""
     found = []
-    for key, norm in values.items():
-        _, column, name = (*key.split("/", 2), "", "")[:3]
-        if norm == 0 and column == "gradient_norm":
-            found.append(f"part {name} got no gradient in the last step of this segment")
-        elif norm == 0 and column == "table_gradient_norm":
-            was_read = values[f"{PREFIX}/table_rows_read/{name}"]
-            why = "" if was_read else ", which read none of its rows"
-            found.append(f"table {name} got no gradient in the last step of this segment{why}")
+    for kind, start in (("part", f"{PREFIX}/gradient_norm/"), ("table", f"{PREFIX}/table_gradient_norm/")):
+        for name in (key.removeprefix(start) for key, norm in values.items() if key.startswith(start) and norm == 0):
+            why = ", which read none of its rows" if values.get(f"{PREFIX}/table_rows_read/{name}") == 0 else ""
+            found.append(f"{kind} {name} got no gradient in the last step of this segment{why}")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from statistics import median
 from typing import Any
@@ -59,6 +59,7 @@ _OF_TABLES = (
     ("diagnostics/table_step_ratio/", "update over weight of tables in a step"),
     ("diagnostics/table_rows_read/", "rows of tables that a step reads"),
 )
+_OF_MANY: Mapping[str, Callable[[list[float]], float]] = {"highest": max, "median": median, "lowest": min}
 _SECTIONS = {
     "summary": "Summary",
     "curves": "Training and validation",
@@ -249,7 +250,7 @@ def _each(records: Sequence[Record], prefix: str) -> list[Series]:
         return _series(records, [(prefix + name, name) for name in names])
     found = []
     for number, (run, record) in enumerate(zip(names_of(records), records, strict=True)):
-        for place, (label, choose) in enumerate((("highest", max), ("median", median), ("lowest", min))):
+        for place, (label, choose) in enumerate(_OF_MANY.items()):
             points = [(line["step"], values) for line in record.lines if (values := _finite(line, prefix))]
             steps, chosen = [step for step, _ in points], [choose(values) for _, values in points]
             if len(records) > 1:
