@@ -43,6 +43,7 @@ class Attention(nn.Module):
             self.residual = nn.Linear(width, heads * head_dim, bias=False)
         self.dropout = Dropout(dropout) if dropout else None
         self.layer_norm = nn.LayerNorm(heads * head_dim) if norm else None
+        self.activation = nn.ReLU()
 
     def forward(self, e_BME: Tensor) -> Tensor:
         """Return the next layer's vectors, shape [B, M, A]."""
@@ -58,7 +59,8 @@ class Attention(nn.Module):
             out_BMA = out_BMA + (e_BME if self.residual is None else self.residual(e_BME))
         if self.layer_norm is not None:
             out_BMA = self.layer_norm(out_BMA)
-        return torch.relu(out_BMA)
+        activated_BMA: Tensor = self.activation(out_BMA)
+        return activated_BMA
 
 
 def attention_weights(query_BKMd: Tensor, key_BKMd: Tensor) -> Tensor:
@@ -136,10 +138,17 @@ class AutoInt(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
+        attention_B, *others = self.terms(dense_BN, embeddings_BFD, linear_BF).values()
+        return sum(others, start=attention_B)
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return the attention's term, with b, and the deep and the first-order one, if any, shape [B] each."""
         e_BMD = embeddings_BFD
         if self.dense is not None:
             e_BMD = torch.cat([e_BMD, dense_BN.unsqueeze(2) * self.dense], dim=1)
-        logits_B: Tensor = self.head(self.attention(e_BMD).flatten(1))
+        terms: dict[str, Tensor] = {"attention": self.head(self.attention(e_BMD).flatten(1))}
         if self.mlp is not None:
-            logits_B = logits_B + self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
-        return logits_B if self.linear is None else self.linear(dense_BN, embeddings_BFD, linear_BF) + logits_B
+            terms["deep"] = self.mlp.of_fields(dense_BN, embeddings_BFD, self.num_dense)
+        if self.linear is not None:
+            terms["first_order"] = self.linear(dense_BN, embeddings_BFD, linear_BF)
+        return terms

@@ -139,6 +139,15 @@ class Crossed(CTRModel):
         stacked_B: Tensor = self.head(self.mlp(crossed_BI))
         return stacked_B
 
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return in parallel what w makes of the crosses and of the MLP, and b, shape [B] each; else one term."""
+        if not self.parallel:
+            return super().terms(dense_BN, embeddings_BFD, linear_BF)
+        x0_BI = deep_input(dense_BN, embeddings_BFD, self.num_dense)
+        of_cross_I, of_deep_H = self.head.weight.squeeze(0).split([x0_BI.shape[1], self.mlp.out_features])
+        cross_B, deep_B = self.cross(x0_BI) @ of_cross_I, self.mlp(x0_BI) @ of_deep_H
+        return {"cross": cross_B, "deep": deep_B, "bias": self.head.bias.expand(len(x0_BI))}
+
 
 class DCN(Crossed):
     """``<w, [cross(x_0), MLP(x_0)]> + b`` with ``x_0 = [v_1, ..., v_F, dense]`` (Wang et al. 2017, equation 5).

@@ -55,11 +55,20 @@ class BilinearFusion(nn.Module):
 
     def forward(self, x_BX: Tensor, y_BY: Tensor) -> Tensor:
         """Return logits, shape [B]; in the dtype of the weights, also under autocast."""
+        out_B: Tensor = self.of_pairs(x_BX, y_BY) + (self.first(x_BX) + self.second(y_BY)).squeeze(1)
+        return out_B.to(self.bias.dtype) + self.bias
+
+    def of_pairs(self, x_BX: Tensor, y_BY: Tensor) -> Tensor:
+        """Return ``sum_k x_k^T W_k y_k``, shape [B]."""
         x_KBX = x_BX.unflatten(1, (self.heads, -1)).transpose(0, 1)
         y_BKY = y_BY.unflatten(1, (self.heads, -1))
-        pairs_B = ((x_KBX @ self.pairs).transpose(0, 1) * y_BKY).sum(dim=(1, 2))
-        out_B: Tensor = pairs_B + (self.first(x_BX) + self.second(y_BY)).squeeze(1)
-        return out_B.to(self.bias.dtype) + self.bias
+        return ((x_KBX @ self.pairs).transpose(0, 1) * y_BKY).sum(dim=(1, 2))
+
+    def terms(self, x_BX: Tensor, y_BY: Tensor) -> dict[str, Tensor]:
+        """Return ``<w_1, x>``, ``<w_2, y>``, the bilinear term and b, shape [B] each."""
+        first_B, second_B = self.first(x_BX).squeeze(1), self.second(y_BY).squeeze(1)
+        bias_B = self.bias.expand(len(x_BX))
+        return {"stream1": first_B, "stream2": second_B, "pairs": self.of_pairs(x_BX, y_BY), "bias": bias_B}
 
 
 class FinalMLP(CTRModel):
@@ -122,12 +131,20 @@ class FinalMLP(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]; ``linear_BF`` is not used."""
+        logits_B: Tensor = self.fusion(*self.streams(dense_BN, embeddings_BFD))
+        return logits_B
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return the terms of the fusion: of each stream alone, of both, and the bias, shape [B] each."""
+        return self.fusion.terms(*self.streams(dense_BN, embeddings_BFD))
+
+    def streams(self, dense_BN: Tensor, embeddings_BFD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what both streams give, shapes [B, X] and [B, Y]."""
         x_BI = deep_input(dense_BN, take(embeddings_BFD, self.read), self.num_dense)
         inputs = [x_BI, x_BI]
         for stream, gate in enumerate(self.gates):
             inputs[stream] = x_BI * gate(take(embeddings_BFD, self.contexts[stream]).flatten(start_dim=1))
-        logits_B: Tensor = self.fusion(self.mlp1(inputs[0]), self.mlp2(inputs[1]))
-        return logits_B
+        return self.mlp1(inputs[0]), self.mlp2(inputs[1])
 
 
 def stream(

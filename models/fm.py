@@ -83,5 +83,10 @@ class FM(CTRModel):
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""
+        first_order_B, pairs_B = self.terms(dense_BN, embeddings_BFD, linear_BF).values()
+        return first_order_B + pairs_B
+
+    def terms(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> dict[str, Tensor]:
+        """Return the first-order term, with the bias, and the pairs, shape [B] each."""
         first_order_B: Tensor = self.linear(dense_BN, embeddings_BFD, linear_BF)
-        return first_order_B + pairwise(embeddings_BFD)
+        return {"first_order": first_order_B, "pairs": pairwise(embeddings_BFD)}

@@ -25,7 +25,7 @@ def line(step: int, **values: Any) -> dict[str, Any]:
         f"capacity/{TABLE}": 16.0 * step,
         f"growths/{TABLE}": 1.0,
         f"growth_ms/{TABLE}": 4.5,
-        "gradient_norm/mlp": 0.125 * step,
+        "diagnostics/gradient_norm/mlp": 0.125 * step,
         **values,
     }
 

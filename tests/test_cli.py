@@ -146,6 +146,11 @@ def test_train_takes_a_description_and_overrides_in_order() -> None:
     given = parsed("train", "--set", "a=1", "run.toml", "--set=b=2", "--fresh", "--yes", "--set", "c=[1, 2]")
     assert given["overrides"] == ["a=1", "b=2", "c=[1, 2]"]
     assert (given["fresh"], given["yes"]) == (True, True)
+    assert parsed("train", "--set", "a=1", "run.toml", "--diagnostics")["overrides"] == [
+        "a=1",
+        "report.diagnostics=true",
+    ]
+    assert parsed("train", "run.toml")["overrides"] == []
 
 
 def test_the_other_commands_take_what_their_users_scripts_say() -> None:
@@ -248,7 +253,7 @@ def test_arguments_that_it_does_not_know_are_refused_with_usage(
 def test_the_command_line_of_train_does_not_grow_a_flag_per_key() -> None:
     choices = next(a.choices for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = {option for action in choices["train"]._actions for option in action.option_strings}
-    assert options == {"-h", "--help", "--set", "--fresh", "--yes", "--continue-from"}
+    assert options == {"-h", "--help", "--set", "--diagnostics", "--fresh", "--yes", "--continue-from"}
 
 
 # ---------------------------------------------------------------- how it ends

@@ -116,6 +116,7 @@ def test_training_and_its_overrides_are_parsed() -> None:
     told = trainer(train("--set=data.global_batch_size=1024", "--set", "seed=7", config="run.toml", j="1x2"))
     assert (told.command, str(told.config)) == ("train", "run.toml")
     assert told.overrides == ["data.global_batch_size=1024", "seed=7"]
+    assert trainer(train("--diagnostics", config="run.toml")).overrides == ["report.diagnostics=true"]
 
 
 def test_scoring_is_parsed_with_and_without_data() -> None:

@@ -105,7 +105,7 @@ def test_names_are_escaped_wherever_they_come_from(tmp_path: Path) -> None:
     evil = "<script>alert('&\"')</script>"
     folder = write_output(
         tmp_path / "<b>&amp;",
-        [line(5, **{f"gradient_norm/{evil}": 1.0, f"rows_in_use/{evil}": 2.0, f"train_auc/{evil}": 0.5})],
+        [line(5, **{f"diagnostics/gradient_norm/{evil}": 1.0, f"rows_in_use/{evil}": 2.0, f"train_auc/{evil}": 0.5})],
         plan=[{"table": evil, "sharding": evil, "mib_per_rank": [1.0]}],
         run={"output": evil},
     )
@@ -113,6 +113,28 @@ def test_names_are_escaped_wherever_they_come_from(tmp_path: Path) -> None:
     assert not list(root.iter("script"))
     assert not list(root.iter("b"))
     assert "".join(root.itertext()).count(evil) >= 6
+
+
+def test_many_tables_are_drawn_as_highest_median_and_lowest_and_each_is_written_out(tmp_path: Path) -> None:
+    names = [f"embedding.C{number}.weight" for number in range(26)]
+    lines = []
+    for step in (5, 10):
+        norms = {f"diagnostics/table_gradient_norm/{name}": step + number for number, name in enumerate(names)}
+        lines.append({"step": step, "diagnostics/gradient_norm/mlp": 2.0, **norms})
+    lines[1]["diagnostics/table_gradient_norm/embedding.C0.weight"] = math.nan
+    folder = write_output(tmp_path / "run", lines)
+    root = parse(render([read(folder)], None))
+    said = [f"{which} of 26: {value} at step 5" for which, value in (("highest", 30), ("median", 17.5), ("lowest", 5))]
+    found = figures(root)
+    assert found["gradient norm of tables"][::2] == said
+    assert found["gradient norm of tables"][5] == "lowest of 26: 11 at step 10"  # not a number is left out
+    assert found["gradient norm"] == ["mlp: 2 at step 5", "mlp: 2 at step 10"]
+    cells = [[str(cell.text) for cell in row.iter("td")] for row in root.iter("tr")]
+    assert [row[:2] for row in cells if row and row[0] in names][1:] == [
+        [name, f"{10 + number:g}"] for number, name in enumerate(names) if number
+    ]
+    both = figures(parse(render([read(folder), read(write_output(tmp_path / "other", lines[:1]))], None)))
+    assert "other median: 17.5 at step 5" in both["gradient norm of tables"]
 
 
 def test_several_labels_have_a_chart_each(tmp_path: Path) -> None:

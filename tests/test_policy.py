@@ -82,6 +82,7 @@ ORDER = (
     "saving",
     "digest",
     "report",
+    "table_diagnostics",
     "diagnostics",
     "records",
     "charts",
@@ -173,6 +174,7 @@ TESTED_IN = {
     "records": "test_page.py",
     "scores": "test_page.py",
     "serving_commands": "test_serve.py",
+    "table_diagnostics": "test_diagnostics.py",
     "view_cli": "test_viewing.py",
 }
 

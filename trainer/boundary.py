@@ -72,4 +72,4 @@ class ReportConfig:
     """Write TensorBoard events under the output's ``tensorboard`` folder."""
 
     diagnostics: bool = False
-    """Report gradients, weights, changes and dead units of each part of the model; see docs/diagnostics.md."""
+    """Report gradients, weights and changes of each part of the model and each table; see docs/diagnostics.md."""

@@ -73,6 +73,7 @@ def _add_train(commands: Commands) -> None:
     train = _command(commands, "train", "train from a run description; an existing output is resumed", _train)
     train.add_argument("config", type=local, metavar="RUN.toml", help="the run description")
     _add_set(train)
+    view_cli.add_diagnostics(train)
     train.add_argument(
         "--continue-from",
         type=locate,

@@ -14,8 +14,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from models import CTRModel
+from trainer.state import TrainState
+from trainer.table_diagnostics import PREFIX, TABLE_COLUMNS, TableDiagnostics
 
-PREFIX = "diagnostics"
 _COLUMNS = ("gradient_norm", "weight_norm", "update_ratio")
 
 
@@ -36,10 +37,10 @@ def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 class Diagnostics:
-    """Watches one interaction model, segment by segment."""
+    """Watches one interaction model, and its tables if they are given, segment by segment."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._parts = model, parts_of(model)
+    def __init__(self, model: nn.Module, tables: TableDiagnostics | None = None) -> None:
+        self._model, self._parts, self._tables = model, parts_of(model), tables
         self._inputs: tuple[Tensor, ...] = ()
         """What the model was given in the last step."""
         model.register_forward_pre_hook(self._keep_inputs)
@@ -52,32 +53,50 @@ class Diagnostics:
 
     def start(self) -> None:
         """Begin a segment."""
+        if self._tables is not None:
+            self._tables.start()
         self._outputs, self._inputs = {}, ()
-        self._before = {name: [weight.detach().clone() for weight in part] for name, part in self._parts.items()}
+        for name, part in self._parts.items():
+            if name not in self._before:
+                self._before[name] = [torch.empty_like(weight, requires_grad=False) for weight in part]
+            torch._foreach_copy_(self._before[name], [weight.detach() for weight in part])
 
     @torch.no_grad()
     def values(self) -> dict[str, float]:
-        """What the segment that ends here was like; after its last step, with nothing in flight. Collective.
+        """What the segment that ends here was like; once, after its last step, with nothing in flight. Collective.
 
         Per part ``gradient_norm``, of the last step's gradient over the global batch, clipped if it was; 0 where there
         is none; ``weight_norm``; ``update_ratio``, the norm of the segment's change over that of the weights before it
         (left out where that is 0). Per ReLU ``dead_units``: the share of units that are 0 on all rows of the last
-        global batch. Per term of the logit ``share``: of the mean absolute values of all terms on these rows.
+        global batch; units of other activations are not lost so: the learned slope of PReLU and the curves of Dice,
+        GELU and SiLU let a gradient through where ReLU has none. Per term of the logit ``share``: of the mean absolute
+        values of all terms on these rows. For those of tables see ``TableDiagnostics``.
         """
-        found: dict[str, float] = {}
+        found = self._norms()
+        found |= {f"{PREFIX}/dead_units/{name}": share for name, share in self._dead_units()}
+        found |= {f"{PREFIX}/share/{name}": share for name, share in self._shares()}
+        return found | (self._tables.values() if self._tables is not None else {})
+
+    def _norms(self) -> dict[str, float]:
+        """What is asked of each part; what was kept of the weights before the segment is used up."""
+        norms: list[Tensor] = []
         for name, part in self._parts.items():
             before = self._before[name]
-            changes = [weight - old for weight, old in zip(part, before, strict=True)]
-            found[f"{PREFIX}/gradient_norm/{name}"] = _norm([w.grad for w in part if w.grad is not None])
-            found[f"{PREFIX}/weight_norm/{name}"] = _norm(part)
-            if norm := _norm(before):
-                found[f"{PREFIX}/update_ratio/{name}"] = _norm(changes) / norm
-        found |= {f"{PREFIX}/dead_units/{name}": share for name, share in self._dead_units()}
-        return found | {f"{PREFIX}/share/{name}": share for name, share in self._shares()}
+            gradients = [weight.new_zeros(()) if weight.grad is None else weight.grad for weight in part]
+            norms += [_norm(gradients), _norm(part), _norm(before)]
+            torch._foreach_sub_(before, part)
+            norms.append(_norm(before))
+        numbers = iter(torch.stack(norms).tolist())  # at once, as each time a GPU would be waited for
+        found: dict[str, float] = {}
+        for name, gradient, weight, before_it, change in zip(self._parts, *[numbers] * 4, strict=True):
+            found[f"{PREFIX}/gradient_norm/{name}"], found[f"{PREFIX}/weight_norm/{name}"] = gradient, weight
+            if before_it:
+                found[f"{PREFIX}/update_ratio/{name}"] = change / before_it
+        return found
 
     def _shares(self) -> Iterator[tuple[str, float]]:
         """With the weights at the end of the segment and as in scoring, without dropout; none of a single term."""
-        if not isinstance(self._model, CTRModel) or len(self._inputs) != 3:  # sequences, which no sum is made of
+        if not isinstance(self._model, CTRModel) or not self._inputs:
             return
         self._model.eval()
         terms = self._model.terms(*self._inputs)
@@ -100,7 +119,7 @@ class Diagnostics:
             yield name, float((alive_H == 0).double().mean())
 
     def _keep_inputs(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.training:
+        if module.training and len(inputs) == 3:  # else there are sequences, which no model makes a sum of
             self._inputs = tuple(tensor.detach() for tensor in inputs)
 
     def _remember(self, name: str) -> Any:
@@ -111,15 +130,24 @@ class Diagnostics:
         return hook
 
 
+def watch(state: TrainState) -> Diagnostics:
+    """What watches the model and the tables of a run."""
+    return Diagnostics(state.interaction, TableDiagnostics(state))
+
+
 def without_gradient(values: Mapping[str, float]) -> list[str]:
-    """The parts that got no gradient in the segment's last step."""
-    start = f"{PREFIX}/gradient_norm/"
-    return [name.removeprefix(start) for name, norm in values.items() if name.startswith(start) and norm == 0]
+    """What got no gradient in the segment's last step: a line for each part, and for each table."""
+    found = []
+    for kind, start in (("part", f"{PREFIX}/gradient_norm/"), ("table", f"{PREFIX}/table_gradient_norm/")):
+        for name in (key.removeprefix(start) for key, norm in values.items() if key.startswith(start) and norm == 0):
+            why = ", which read none of its rows" if values.get(f"{PREFIX}/table_rows_read/{name}") == 0 else ""
+            found.append(f"{kind} {name} got no gradient in the last step of this segment{why}")
+    return found
 
 
 def table_of(values: Mapping[str, float]) -> str:
-    """The numbers of a segment as text: a row for each part, a line for each layer with dead units, one of terms."""
-    found: dict[str, dict[str, float]] = {}
+    """The numbers of a segment as text: parts, tables, a line for each layer with dead units, one of the terms."""
+    found: dict[str, dict[str, dict[str, float]]] = {"part": {}, "table": {}}
     dead, shares = [], []
     for key, value in values.items():
         if key.startswith(f"{PREFIX}/"):
@@ -129,17 +157,27 @@ def table_of(values: Mapping[str, float]) -> str:
             elif column == "share":
                 shares.append(f"{name} {value:.1%}")
             else:
-                found.setdefault(name, {})[column] = value
-    rows = [[name, *(_written(row.get(column)) for column in _COLUMNS)] for name, row in found.items()]
-    headers = ["part", *(column.replace("_", " ") for column in _COLUMNS)]
-    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
-    return "\n".join([str(table), *dead, *([f"of the logit: {', '.join(shares)}"] if shares else [])])
+                found["table" if column in TABLE_COLUMNS else "part"].setdefault(name, {})[column] = value
+    tables = [_rows(kind, rows) for kind, rows in found.items() if rows]
+    of_logit = [f"of the logit: {', '.join(shares)}"] if shares else []
+    return "\n".join([*tables[:1], *dead, *of_logit, *tables[1:]])
 
 
-def _written(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _rows(kind: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    columns = _COLUMNS if kind == "part" else TABLE_COLUMNS
+    lines = [[name, *(_written(column, row.get(column)) for column in columns)] for name, row in rows.items()]
+    headers = [kind, *(column.removeprefix("table_").replace("_", " ") for column in columns)]
+    aligned = ["left", *["right"] * len(columns)]
+    return str(tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned))
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    """The Euclidean norm of all of them together, added up in float64."""
-    return float(sum(float(tensor.detach().double().square().sum()) for tensor in tensors)) ** 0.5
+def _written(column: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if column == "table_rows_read" else f"{value:.3g}"
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together, a float64, added up as such."""
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))

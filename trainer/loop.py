@@ -14,7 +14,7 @@ from trainer.batch import Batch
 from trainer.by_label import LabelSums, deciding_metric
 from trainer.config import RunConfig
 from trainer.data import read_batches, spans_of, steps_per_epoch
-from trainer.diagnostics import Diagnostics, table_of, without_gradient
+from trainer.diagnostics import table_of, watch, without_gradient
 from trainer.ending import resume_with
 from trainer.errors import CheckpointError
 from trainer.evaluation import score
@@ -100,7 +100,7 @@ class _Session:
         """Where the newest checkpoint goes on."""
         self._stall_seconds = 0.0
         """How long training stood still for the checkpoint before this segment."""
-        self._diagnostics = Diagnostics(run.state.interaction) if run.config.report.diagnostics else None
+        self._diagnostics = watch(run.state) if run.config.report.diagnostics else None
         self._saver = Saver(run.state, run.checkpoints, run.config)
         self._scale_rates()
 
@@ -250,8 +250,8 @@ class _Session:
             report.say(segment_line(self.step, self.total_steps, values))
             if self._diagnostics is not None:
                 report.say(table_of(values))
-                for part in without_gradient(values):
-                    report.say(f"WARNING: part {part} got no gradient in the last step of this segment")
+                for line in without_gradient(values):
+                    report.say(f"WARNING: {line}")
             with self._run.state.world.together():
                 report.record(self.step, values)
         every = self._run.config.checkpoint.every_steps

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from statistics import median
 from typing import Any
 
 from trainer import charts
@@ -45,10 +47,19 @@ _CURVES = (
     ("calibration_ratio", "calibration: predicted over actual clicks"),
 )
 _PARTS = (
-    ("gradient_norm/", "gradient norm"),
-    ("update_ratio/", "update over weight"),
-    ("logit_share/", "share of the logit"),
+    ("diagnostics/gradient_norm/", "gradient norm"),
+    ("diagnostics/weight_norm/", "weight norm"),
+    ("diagnostics/update_ratio/", "update over weight"),
+    ("diagnostics/dead_units/", "share of units that are dead"),
+    ("diagnostics/share/", "share of the logit"),
 )
+_OF_TABLES = (
+    ("diagnostics/table_gradient_norm/", "gradient norm of tables"),
+    ("diagnostics/table_row_norm/", "norm of a row of tables"),
+    ("diagnostics/table_step_ratio/", "update over weight of tables in a step"),
+    ("diagnostics/table_rows_read/", "rows of tables that a step reads"),
+)
+_OF_MANY: Mapping[str, Callable[[list[float]], float]] = {"highest": max, "median": median, "lowest": min}
 _SECTIONS = {
     "summary": "Summary",
     "curves": "Training and validation",
@@ -56,7 +67,7 @@ _SECTIONS = {
     "scores": "Calibration and scores",
     "throughput": "Throughput and stalls",
     "plan": "Plan",
-    "parts": "Gradients by part",
+    "parts": "Parts of the model and tables",
     "data": "Data",
     "description": "Run description and versions",
 }
@@ -72,7 +83,7 @@ def render(records: Sequence[Record], scores: Scores | None, why_no_scores: str 
         "scores": _scores(scores, why_no_scores),
         "throughput": _grid(_throughput(records)),
         "plan": _plan(main),
-        "parts": _grid(_parts(records)),
+        "parts": _parts(records),
         "data": _data(main),
         "description": _description(records),
     }
@@ -219,13 +230,49 @@ def _throughput(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def _parts(records: Sequence[Record]) -> list[str]:
+def _parts(records: Sequence[Record]) -> str:
+    """What diagnostics found: parts and tables apart, drawn, and of the last segment written out."""
+    found = [(title, _each(records, prefix)) for prefix, title in _PARTS + _OF_TABLES]
+    figures = [charts.lines(title, series) for title, series in found if series]
+    if not figures:
+        return '<p class="missing">nothing recorded; train with --diagnostics</p>'
+    return _grid(figures) + _last_of(records[0], "part", _PARTS[:3]) + _last_of(records[0], "table", _OF_TABLES)
+
+
+def _names(records: Sequence[Record], prefix: str) -> list[str]:
+    return list(dict.fromkeys(key.removeprefix(prefix) for record in records for key in record.keys(prefix)))
+
+
+def _each(records: Sequence[Record], prefix: str) -> list[Series]:
+    """A line for each key; of more than there are colours the highest, the median and the lowest instead."""
+    names = _names(records, prefix)
+    if len(names) <= charts.COLORS:
+        return _series(records, [(prefix + name, name) for name in names])
     found = []
-    for prefix, title in _PARTS:
-        keys = list(dict.fromkeys(key for record in records for key in record.keys(prefix)))
-        if keys:
-            found.append(charts.lines(title, _series(records, [(key, key.removeprefix(prefix)) for key in keys])))
+    for number, (run, record) in enumerate(zip(names_of(records), records, strict=True)):
+        for place, (label, choose) in enumerate(_OF_MANY.items()):
+            points = [(line["step"], values) for line in record.lines if (values := _finite(line, prefix))]
+            steps, chosen = [step for step, _ in points], [choose(values) for _, values in points]
+            if len(records) > 1:
+                found.append(Series(f"{run} {label}", steps, chosen, number, dashed=place % 2 == 1))
+            else:
+                found.append(Series(f"{label} of {len(names)}", steps, chosen, place))
     return found
+
+
+def _finite(line: Mapping[str, float], prefix: str) -> list[float]:
+    return [value for key, value in line.items() if key.startswith(prefix) and math.isfinite(value)]
+
+
+def _last_of(record: Record, what: str, kinds: Sequence[tuple[str, str]]) -> str:
+    """The numbers of the last segment as a table, a line for each part or table of the model."""
+    names = _names([record], kinds[0][0])
+    last = record.lines[-1] if record.lines else {}
+    rows = [
+        [name, *(_number(last[prefix + name]) if prefix + name in last else "-" for prefix, _ in kinds)]
+        for name in names
+    ]
+    return table([f"{what}, last segment", *(title for _, title in kinds)], rows) if rows else ""
 
 
 def _plan(record: Record) -> str:

@@ -220,7 +220,8 @@ class TrainState:
             set_fused_step(collection.fused_optimizer, step)
         for group in self.optimizer.groups[1:]:
             for state in group.optimizer.state.values():
-                state["step"].fill_(step)
+                if "step" in state:  # SGD counts none
+                    state["step"].fill_(step)
 
     def set_tables(self, physical: Sequence[PhysicalTable], placements: Placements) -> None:
         """The tables in ``task`` are now these; everything that refers to them is made anew."""

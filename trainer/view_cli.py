@@ -1,4 +1,4 @@
-"""The command lines of `plan` and `report`; imports no torch at the top, as cli.py does not."""
+"""The command lines of `plan` and `report`, and what `train` shows; imports no torch at the top, as cli.py does not."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ def add_report_arguments(report: argparse.ArgumentParser) -> None:
     )
     report.add_argument("--output", type=locate, metavar="FILE", help="default: report.html in RUN_DIR")
     report.add_argument("--no-scores", action="store_true", help="score no rows with the best checkpoint")
+
+
+def add_diagnostics(train: argparse.ArgumentParser) -> None:
+    """A word for the key that turns diagnostics on; after --set, whose list it adds to."""
+    train.add_argument(
+        "--diagnostics",
+        action="append_const",
+        dest="overrides",
+        const="report.diagnostics=true",
+        help="after each segment say what gradient each part of the model and each table gets and how much it changes, "
+        "which units are dead, and what each term adds to the logit; same as --set report.diagnostics=true",
+    )
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -50,6 +50,7 @@ def described(folder: Path, output: str, weighting: str, steps: int) -> dict[str
     plain["tables"] = [{"name": "a", "dim": 6, "optimizer": {"kind": "adagrad", "lr": 0.1}, **TABLE}]
     plain["data"] |= {"labels": list(LABELS), "missing_labels": "mask", "weight": "weight", "user": ""}
     plain["loss"] = WEIGHTINGS[weighting]
+    plain["report"] = {**plain["report"], "diagnostics": output.startswith(("whole", "one"))}
     plain["evaluation"] = {"every_steps": 2, "task": "buy"}
     plain["checkpoint"] = {"every_steps": STEPS}
     return plain
@@ -105,6 +106,9 @@ def test_two_ranks_train_what_one_does(outcomes: dict[str, list[Outcome]], weigh
         keys = [key for key in ours if key.startswith(("train_", "validation_"))]
         assert {f"train_{name}/{label}" for name in ("rows", "missing_labels") for label in LABELS} < set(keys)
         np.testing.assert_allclose([theirs[key] for key in keys], [ours[key] for key in keys], rtol=2e-4)
+        of_table = [key for key in ours if key.startswith("diagnostics/table_")]
+        assert len(of_table) == 4
+        assert [theirs[key] for key in of_table] == pytest.approx([ours[key] for key in of_table], rel=1e-3)
     paths = [path_of(outcome.output / "checkpoints", STEPS) for outcome in (one, two)]
     table, other = (saved_table(path, manifests.read(path), "embedding.a.weight") for path in paths)
     np.testing.assert_allclose(other, table, rtol=1e-3, atol=2e-6)

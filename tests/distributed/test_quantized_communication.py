@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def described(click_log: Path, sharding: str, number: str, output: str = "", ste
             {"name": "fc", "role": "linear", "dim": 1, "sharding": [sharding], **shared},
         ],
         sharding={"quantized_communication": number},
+        report={"diagnostics": sharding == "row_wise"},
     )
 
 
@@ -58,6 +60,13 @@ def train_and_listen(plains: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.
     return found
 
 
+@pytest.fixture(scope="module")
+def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("click_log")
+    write_click_log(directory)
+    return directory
+
+
 def values(looked_up: dict[str, Any]) -> np.ndarray:
     """All rows of all collections, by name of their key, as one array."""
     parts = [collection[key].detach() for collection in looked_up.values() for key in sorted(collection.keys())]
@@ -65,10 +74,8 @@ def values(looked_up: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
+def outcomes(click_log: Path) -> dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]]:
     """By sharding type and number, what each rank found."""
-    click_log = tmp_path_factory.mktemp("click_log")
-    write_click_log(click_log)
     cases = [(sharding, number) for sharding in SHARDINGS for number in NUMBERS]
     runs = [described(click_log, *case) for case in cases]
     runs += [described(click_log, "row_wise", "fp16", "parts", steps) for steps in (1, 3)]
@@ -108,3 +115,16 @@ def test_a_run_resumes_bitwise(outcomes: Any) -> None:
     whole, first, both = (outcomes["row_wise", name][0][1] for name in ("fp16", "first part", "both parts"))
     assert np.array_equal(both, whole)
     assert not np.array_equal(first, whole)
+
+
+def test_diagnostics_take_no_rounding_for_a_change_of_the_rows(outcomes: Any, click_log: Path) -> None:
+    first = {
+        number: json.loads((click_log / f"row_wise-{number}" / "metrics.jsonl").read_text().splitlines()[0])
+        for number in NUMBERS
+    }
+    assert first["none"][f"diagnostics/table_step_ratio/{KEY}"] > 0
+    for number in ("fp16", "bf16"):
+        assert f"diagnostics/table_step_ratio/{KEY}" not in first[number]
+        for name in ("rows_read", "gradient_norm", "row_norm"):
+            key = f"diagnostics/table_{name}/{KEY}"
+            assert first[number][key] == pytest.approx(first["none"][key], rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,15 @@ def runs_of(directory: Path, world_size: int) -> list[dict[str, Any]]:
     runs = []
     for kind in KINDS:
         whole, part = (described(directory, kind, f"{kind}{world_size}{way}") for way in ("", "-parts"))
+        whole["report"] = {**whole["report"], "diagnostics": True}
         runs += [whole, part | {"max_steps": 3}, part]
     return [*runs, described(directory, "din", f"din{world_size}-apart", sharding={"pack": False})]
+
+
+def diagnosed(output: Path) -> list[dict[str, float]]:
+    """What diagnostics found in each segment."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key.startswith("diagnostics/")} for line in lines]
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,11 @@ def test_one_rank_and_two_train_alike_to_rounding(outcomes: Outcomes, kind: str)
     one, two = (outcomes.of(kind, world_size)[0] for world_size in (1, 2))
     np.testing.assert_allclose(list(two.losses.values()), list(one.losses.values()), rtol=2e-5)
     assert len(set(one.losses.values())) == STEPS
+    for ours, theirs in zip(*(map(diagnosed, (outcome.output for outcome in (one, two)))), strict=True):
+        assert {f"diagnostics/table_gradient_norm/embedding.{name}.weight" for name in ("item", "twin", "user")} < {
+            *ours
+        }
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
