@@ -157,7 +157,7 @@ def measure_load(path: Path, times: int, request: bytes) -> dict[str, Any]:
     asked, answer = path.parent / "request.json", path.parent / "seconds.json"
     asked.write_bytes(request)
     for how in ("cold", "warm", "verified"):
-        seconds = []
+        seconds: list[list[float]] = []
         for _ in range(1 if how == "verified" else times):
             if how == "cold":
                 forget(path)
@@ -259,7 +259,7 @@ def tables_of(record: dict[str, Any]) -> str:
         + [f"{1000 * load[how]['first_answer_seconds']['p50']:.0f}" for how in ways[:2]]
         for load in record["loads"]
     ]
-    slopes = ", ".join(f"{how} {seconds_per_gib(record['loads'], how):.4f}" for how in ways)
+    slopes = ", ".join(f"{how} {seconds_per_gib(record['loads'], how):.3f}" for how in ways)
     imports = np.median([load["warm"]["import_seconds"]["p50"] for load in record["loads"]])
     text = (
         f"Seconds a GiB of float32 rows, by a line through the sizes: {slopes}. Importing torch and the export's code "
