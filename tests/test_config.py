@@ -145,6 +145,14 @@ RUN_MISTAKES = [
         {"loss": LossConfig(task_weights=(1.0, 2.0))},
         "loss.task_weights has 2 entries, expected 1, one for each of data.labels",
     ),
+    *(
+        (
+            {"loss": LossConfig(**{name: (0.5,) * number})},
+            f"loss.{name} has {number} entries, expected 1, one for each of data.labels",
+        )
+        for name in ("gamma", "alpha", "positive_weight")
+        for number in (0, 2)
+    ),
     (
         {"loss": LossConfig(task_weighting="uncertainty")},
         "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
@@ -189,6 +197,7 @@ def test_what_only_looks_wrong_is_allowed() -> None:
     late = table(ids="exact", expire_after=9, expire_unit="seconds")
     run(data=DataConfig(train=("a",), timestamp="t"), tables=(late,))
     run(tables=(table(ids="exact", expire_unit="seconds"),))
+    run(data=DataConfig(train=("a",), labels=("l", "m")), loss=LossConfig(gamma=(0.0, 100.0), alpha=(0.0, 0.5)))
     TransformConfig(columns=("d",), kind="clip", low=0.0, high=float("inf"))
 
 
