@@ -95,6 +95,9 @@ class TableConfig:
     sequences: tuple[str, ...] = ()
     """Features of this table that the model gets unpooled, in their order; glob patterns. See docs/sequences.md."""
 
+    max_length: int = 0
+    """Ids that a row keeps of each feature at most, the last ones; what is left out is counted. 0: any number."""
+
     optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
     """Applied in backward; tables of equal features, ids, rows and element-wise optimizer share one physical table."""
 
@@ -118,7 +121,8 @@ class TableConfig:
         )
         require(1 < self.growth_factor < math.inf, f"growth_factor is {self.growth_factor}, expected above 1")
         require(0 < self.evict_fraction <= 1, f"evict_fraction is {self.evict_fraction}, expected above 0, at most 1")
-        require(self.expire_after >= 0, f"expire_after is {self.expire_after}, expected 0 or more")
+        for name in ("expire_after", "max_length"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.ids != "exact":
             for name, off in (("admit_after", 1), ("evict", "none"), ("expire_after", 0)):
                 value = getattr(self, name)
@@ -370,6 +374,11 @@ class RunConfig:
         require(
             not task or task in labels,
             f"evaluation.task is {task!r}, expected one of data.labels: {', '.join(labels)}",
+        )
+        longest = sorted({table.max_length for table in self.tables if table.sequences})
+        require(
+            len(longest) <= 1,
+            f"tables: those with sequences, which are read side by side, have max_length {longest}; give all the same",
         )
 
 
