@@ -50,13 +50,24 @@ def go_on(
     jobs: int,
     put: Callable[[dict[Key, Found]], object],
 ) -> None:
-    """Do the ``wanted`` runs that are not ``done``, ``jobs`` at a time; ``put`` gets all that are known after each."""
+    """Do the ``wanted`` runs that are not ``done``, ``jobs`` at a time; ``put`` gets all that are known after each.
+
+    Raises:
+        SystemExit: some failed; the others were done all the same.
+    """
     found, left = dict(done), [run for run in wanted if run not in done]
+    failures = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(one, run): run for run in left}
         for ended in tqdm(as_completed(futures), total=len(left), unit="run"):
-            found[futures[ended]] = ended.result()
-            put(dict(found))
+            try:
+                found[futures[ended]] = ended.result()
+            except SystemExit as failure:
+                failures.append(str(failure))
+            else:
+                put(dict(found))
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 def train(description: Path, seed: int, output: Path) -> Path:

@@ -37,6 +37,18 @@ def test_a_run_that_fails_ends_it_with_the_command_and_where_its_words_are(tmp_p
     assert (tmp_path / "made" / "log").read_text() == "no luck\n"
 
 
+def test_a_run_that_fails_does_not_keep_the_others_from_being_recorded() -> None:
+    def one(run: tuple[str, int]) -> dict[str, Any]:
+        if run[1] == 1:
+            raise SystemExit(f"{run[0]} ended with 3")
+        return {"auc": 0.5}
+
+    seen: list[dict[Any, Any]] = []
+    with pytest.raises(SystemExit, match=r"^a ended with 3$"):
+        runs.go_on([("a", 1), ("a", 2), ("a", 3)], {}, one, jobs=1, put=seen.append)
+    assert seen[-1] == {("a", 2): {"auc": 0.5}, ("a", 3): {"auc": 0.5}}
+
+
 class Trained:
     """In the place of the trainer: a run that ends at once with metrics of its seed."""
 
