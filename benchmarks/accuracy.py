@@ -2,28 +2,23 @@
 
 Each run is ``python -m trainer train launch/runs/frappe_MODEL.toml`` with another seed; beside it, on the same files,
 the same recipe without the trainer (``accuracy_plain.py``), and the figures published. Prepared data are looked for in
-``data/frappe``. A run that is in the record is not run again, so that a benchmark that was stopped goes on and seeds
-can be added; each has the commit that it was made at. Each run has one thread; ``--jobs`` at a time.
+``data/frappe``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
-from benchmarks import accuracy_plain
-from benchmarks.record import RESULTS, ROOT, provenance, write
+from benchmarks import accuracy_plain, runs
+from benchmarks.record import ROOT, write
 
 PUBLISHED = {
     "lr": (0.93558, 0.3076),
@@ -39,27 +34,19 @@ PUBLISHED = {
 """Test AUC and log loss of the BARS benchmark, as ../shared/data/README.md has them."""
 
 MODELS = (*PUBLISHED, "best")
-"""``best`` is no model of the table: it is to be above all of it."""
+"""``best`` is no model of the table, and by the trainer alone: it is to be above all of it."""
 
 
 def by_trainer(model: str, seed: int, output: Path) -> dict[str, float]:
     """Train with the trainer; the test metrics of its best checkpoint."""
-    words = ["train", description_of(model), "--set", f"seed={seed}", "--set", f"output={output / 'run'}"]
-    _run([sys.executable, "-m", "trainer", *map(str, words)], output)
-    result = json.loads((output / "run" / "result.json").read_text(encoding="utf-8"))
-    lines = (output / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    scored = [line["validation_auc"] for line in map(json.loads, lines) if "validation_auc" in line]
-    return {
-        "auc": result["test_auc"],
-        "logloss_nats": result["test_logloss_nats"],
-        "validation_auc": max(scored),
-        "epochs": len(scored),
-    }
+    run = runs.train(description_of(model), seed, output)
+    result = runs.tested(run)
+    return {"auc": result["test_auc"], "logloss_nats": result["test_logloss_nats"], **runs.validated(run)}
 
 
 def by_plain_pytorch(model: str, seed: int, output: Path) -> dict[str, float]:
     """Train without the trainer."""
-    _run([sys.executable, "-m", "benchmarks.accuracy", "--plain-run", model, str(seed), str(output)], output)
+    runs.call([sys.executable, "-m", "benchmarks.accuracy", "--plain-run", model, str(seed), str(output)], output)
     found: dict[str, float] = json.loads((output / "plain.json").read_text(encoding="utf-8"))
     return found
 
@@ -74,32 +61,22 @@ def description_of(model: str) -> Path:
 
 def measure(record: dict[str, Any], wanted: Sequence[tuple[str, str, int]], given: argparse.Namespace) -> None:
     """Do the wanted runs, (model, way, seed) each, that the record lacks; it is written after each of them."""
-    done = {(run["model"], run["way"], run["seed"]) for run in record["runs"]}
-    left = [run for run in wanted if run not in done]
+    done = {(run["model"], run["way"], run["seed"]): run for run in record["runs"]}
 
     def one(run: tuple[str, str, int]) -> dict[str, Any]:
         model, way, seed = run
-        output = given.folder / f"{model}-{way}-{seed}"
-        output.mkdir(parents=True, exist_ok=True)
-        found = WAYS[way](model, seed, output)
+        found = WAYS[way](model, seed, given.folder / f"{model}-{way}-{seed}")
         return {"model": model, "way": way, "seed": seed, "commit": record["commit"], **found}
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for ended in tqdm(as_completed(pool.submit(one, run) for run in left), total=len(left), unit="run"):
-            record["runs"] = sorted([*record["runs"], ended.result()], key=_place)
-            write(given.output, record)
+    def put(found: dict[tuple[str, str, int], dict[str, Any]]) -> None:
+        record["runs"] = sorted(found.values(), key=_place)
+        write(given.output, record)
+
+    runs.go_on(wanted, done, one, jobs=given.jobs, put=put)
 
 
 def _place(run: dict[str, Any]) -> tuple[int, str, int]:
     return MODELS.index(run["model"]), run["way"], run["seed"]
-
-
-def _run(command: Sequence[str], output: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with (output / "log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}; see {output / 'log'}")
 
 
 def table_of(record: dict[str, Any]) -> str:
@@ -111,8 +88,8 @@ def table_of(record: dict[str, Any]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def _line(model: str, runs: Sequence[dict[str, Any]]) -> list[str]:
-    ours, plain = (_runs(runs, model, way) for way in WAYS)
+def _line(model: str, found: Sequence[dict[str, Any]]) -> list[str]:
+    ours, plain = (_runs(found, model, way) for way in WAYS)
     ahead = np.mean([run["auc"] for run in ours]) - np.mean([run["auc"] for run in plain]) if plain else None
     published = [f"{value:.5f}" for value in PUBLISHED.get(model, ())] or ["", ""]
     return [
@@ -121,18 +98,18 @@ def _line(model: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         *_spread(plain),
         "" if ahead is None else f"{ahead:+.5f}",
         published[0],
-        *(f"{np.mean([run['logloss_nats'] for run in found]):.5f}" if found else "" for found in (ours, plain)),
+        *(f"{np.mean([run['logloss_nats'] for run in each]):.5f}" if each else "" for each in (ours, plain)),
         published[1],
     ]
 
 
-def _runs(runs: Sequence[dict[str, Any]], model: str, way: str) -> list[dict[str, Any]]:
-    return [run for run in runs if (run["model"], run["way"]) == (model, way)]
+def _runs(found: Sequence[dict[str, Any]], model: str, way: str) -> list[dict[str, Any]]:
+    return [run for run in found if (run["model"], run["way"]) == (model, way)]
 
 
-def _spread(runs: Sequence[dict[str, Any]]) -> list[str]:
+def _spread(found: Sequence[dict[str, Any]]) -> list[str]:
     """How many, mean AUC, and its standard deviation (of the sample) where there are two or more."""
-    aucs = [run["auc"] for run in runs]
+    aucs = [run["auc"] for run in found]
     if not aucs:
         return ["", "", ""]
     return [f"{len(aucs)}", f"{np.mean(aucs):.5f}", f"{np.std(aucs, ddof=1):.5f}" if len(aucs) > 1 else ""]
@@ -144,10 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--seeds", type=int, default=5, help="runs of the trainer for each model")
     parser.add_argument("--plain-seeds", type=int, default=5, help="runs of plain PyTorch for each model")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/accuracy"), help="of outputs and logs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "accuracy.json")
-    parser.add_argument("--allow-dirty", action="store_true", help="write although the tree differs from its commit")
+    runs.add_options(parser, "accuracy")
     parser.add_argument("--plain-run", nargs=3, metavar=("MODEL", "SEED", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.plain_run:
@@ -157,13 +131,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not Path("data/frappe").is_dir():
         parser.error("data/frappe is missing; run python -m trainer prepare frappe ../shared/data/frappe data/frappe")
-    command = ["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if argv is None else argv)]
-    record = provenance(command, allow_dirty=given.allow_dirty)
-    before = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {"runs": []}
-    record["runs"] = before["runs"]
+    record, before = runs.records("accuracy", argv, given)
+    record["runs"] = before.get("runs", [])
     seeds = {"trainer": given.seeds, "plain": given.plain_seeds}
     numbers = range(1, max(seeds.values()) + 1)
-    wanted = [(model, way, seed) for seed in numbers for model in given.models for way in WAYS if seed <= seeds[way]]
+    wanted = [
+        (model, way, seed)
+        for seed in numbers
+        for model in given.models
+        for way in WAYS
+        if seed <= seeds[way] and (model in PUBLISHED or way == "trainer")
+    ]
     measure(record, wanted, given)
     sys.stdout.write(table_of(record) + "\n")
 

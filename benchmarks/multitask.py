@@ -1,28 +1,23 @@
 """Whether two labels learn from each other: MMoE on Census-Income beside a model of each label alone, over seeds.
 
 Each run is ``python -m trainer train launch/runs/census_NAME.toml`` with another seed. Prepared data are looked for in
-``data/census``. A run that has ended is kept in ``--folder`` and not run again. Each run has one thread; ``--jobs`` at
-a time.
+``data/census``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
-from tqdm import tqdm
 
-from benchmarks.record import RESULTS, ROOT, provenance, write
+from benchmarks import runs
+from benchmarks.record import ROOT, write
 
 LABELS = ("income_50k", "never_married")
 RUNS = {"mmoe": LABELS, "single_income": LABELS[:1], "single_married": LABELS[1:]}
@@ -36,27 +31,11 @@ def description_of(name: str) -> Path:
     return ROOT / "launch" / "runs" / f"census_{name}.toml"
 
 
-def train(name: str, seed: int, output: Path, commit: str) -> dict[str, Any]:
-    """One run, or what is kept of it: test metrics of its best checkpoint by label, and the time that it took."""
-    kept = output / "found.json"
-    if not kept.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        words = ["train", str(description_of(name)), "--set", f"seed={seed}", "--set", f"output={output / 'run'}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (output / "log").open("w", encoding="utf-8") as log:
-            command = [sys.executable, "-m", "trainer", *words]
-            done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}; see {output / 'log'}")
-        seconds = time.perf_counter() - started
-        result = json.loads((output / "run" / "result.json").read_text(encoding="utf-8"))
-        found = {"seed": seed, "commit": commit, "seconds": seconds, **by_label(result, RUNS[name])}
-        partial = kept.with_suffix(".part")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(kept)
-    found_before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-    return found_before
+def train(name: str, seed: int, output: Path) -> dict[str, Any]:
+    """One run: test metrics of its best checkpoint by label, and the time that it took."""
+    started = time.perf_counter()
+    run = runs.train(description_of(name), seed, output)
+    return {"seconds": time.perf_counter() - started, **by_label(runs.tested(run), RUNS[name])}
 
 
 def by_label(result: dict[str, float], labels: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -69,16 +48,21 @@ def by_label(result: dict[str, float], labels: Sequence[str]) -> dict[str, dict[
     return {label: {name: result[f"test_{name}{end}"] for name in METRICS} for label, end in ends.items()}
 
 
-def measure(seeds: int, folder: Path, jobs: int, commit: str) -> list[dict[str, Any]]:
-    """All runs; one entry for each run description."""
+def measure(record: dict[str, Any], seeds: int, given: argparse.Namespace) -> None:
+    """Do the runs of ``seeds`` seeds that the record lacks; it has an entry for each run description."""
     wanted = [(name, seed) for seed in range(1, seeds + 1) for name in RUNS]
+    done = {(entry["run"], run["seed"]): run for entry in record["multitask"] for run in entry["runs"]}
 
     def one(run: tuple[str, int]) -> dict[str, Any]:
-        return train(*run, folder / f"{run[0]}-{run[1]}", commit)
+        name, seed = run
+        return {"seed": seed, "commit": record["commit"], **train(name, seed, given.folder / f"{name}-{seed}")}
 
-    with ThreadPoolExecutor(jobs) as pool:
-        found = dict(zip(wanted, tqdm(pool.map(one, wanted), total=len(wanted), unit="run"), strict=True))
-    return [{"run": name, "runs": [found[name, seed] for seed in range(1, seeds + 1)]} for name in RUNS]
+    def put(found: dict[tuple[str, int], dict[str, Any]]) -> None:
+        by_name = {name: [found[key] for key in sorted(found) if key[0] == name] for name in RUNS}
+        record["multitask"] = [{"run": name, "runs": of_name} for name, of_name in by_name.items() if of_name]
+        write(given.output, record)
+
+    runs.go_on(wanted, done, one, jobs=given.jobs, put=put)
 
 
 def table_of(record: dict[str, Any]) -> str:
@@ -98,20 +82,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, train, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each run description")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--folder", type=Path, default=Path("runs/multitask"), help="of runs that have ended")
-    parser.add_argument("--output", type=Path, default=RESULTS / "multitask.json")
-    parser.add_argument("--allow-dirty", action="store_true", help="write although the tree differs from its commit")
+    runs.add_options(parser, "multitask")
     given = parser.parse_args(argv)
     if not Path("data/census").is_dir():
         parser.error(
             "data/census is missing; run python -m trainer prepare census "
             "../shared/data/census-income/census-income.test.gz data/census"
         )
-    command = ["python", "-m", "benchmarks.multitask", *(sys.argv[1:] if argv is None else argv)]
-    record = provenance(command, allow_dirty=given.allow_dirty)
-    record["multitask"] = measure(given.seeds, given.folder, given.jobs, record["commit"])
-    write(given.output, record)
+    record, before = runs.records("multitask", argv, given)
+    record["multitask"] = before.get("multitask", [])
+    measure(record, given.seeds, given)
     sys.stdout.write(table_of(record) + "\n")
 
 

@@ -115,13 +115,14 @@ def test_a_mistake_in_a_run_description_is_found_without_them_too(tmp_path: Path
     code = f"""
 import sys, contextlib
 from trainer import cli
-with contextlib.suppress(SystemExit):
-    cli.main(["train", {write_run(tmp_path)!r}, "--set", "data.epoch=2"])
+for words in (["train"], ["sweep", "--optimizers"], ["sweep", "--over", "segment_steps=1,2"]):
+    with contextlib.suppress(SystemExit):
+        cli.main([*words, {write_run(tmp_path)!r}, "--set", "data.epoch=2"])
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-    assert done.stderr == "error: unknown key data.epoch; did you mean data.epochs?\n"
+    assert done.stderr == "error: unknown key data.epoch; did you mean data.epochs?\n" * 3
 
 
 def test_python_m_trainer_is_the_same_command_line() -> None:

@@ -53,6 +53,7 @@ TABLE_MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"evict_fraction": 0.0}, "evict_fraction is 0.0, expected above 0, at most 1"),
     ({"evict_fraction": 1.5}, "evict_fraction is 1.5, expected above 0, at most 1"),
     ({"expire_after": -1}, "expire_after is -1, expected 0 or more"),
+    ({"max_length": -1}, "max_length is -1, expected 0 or more"),
     ({"admit_after": 2}, "admit_after is 2, which needs ids = 'exact'; ids is 'hashed'"),
     ({"evict": "lru", "ids": "identity"}, "evict is 'lru', which needs ids = 'exact'; ids is 'identity'"),
     ({"expire_after": 5}, "expire_after is 5, which needs ids = 'exact'; ids is 'hashed'"),
@@ -133,6 +134,10 @@ RUN_MISTAKES = [
         "tables: role 'embedding' has dims [4, 8]; one [B, F, D] needs the same dim in all of them",
     ),
     (
+        {"tables": (*(table(f"t{most}", sequences=("f",), max_length=most) for most in (9, 0)), table(max_length=3))},
+        "tables: those with sequences, which are read side by side, have max_length [0, 9]; give all the same",
+    ),
+    (
         {"tables": (table("a"), table("b", ids="exact", expire_after=9, expire_unit="seconds"))},
         "tables[1].expire_unit is 'seconds', which needs data.timestamp, the column of times",
     ),
@@ -144,6 +149,14 @@ RUN_MISTAKES = [
     (
         {"loss": LossConfig(task_weights=(1.0, 2.0))},
         "loss.task_weights has 2 entries, expected 1, one for each of data.labels",
+    ),
+    *(
+        (
+            {"loss": LossConfig(**{name: (0.5,) * number})},
+            f"loss.{name} has {number} entries, expected 1, one for each of data.labels",
+        )
+        for name in ("gamma", "alpha", "positive_weight")
+        for number in (0, 2)
     ),
     (
         {"loss": LossConfig(task_weighting="uncertainty")},
@@ -189,6 +202,8 @@ def test_what_only_looks_wrong_is_allowed() -> None:
     late = table(ids="exact", expire_after=9, expire_unit="seconds")
     run(data=DataConfig(train=("a",), timestamp="t"), tables=(late,))
     run(tables=(table(ids="exact", expire_unit="seconds"),))
+    run(tables=(table("a", sequences=("f",), max_length=9), table("b", max_length=3)))
+    run(data=DataConfig(train=("a",), labels=("l", "m")), loss=LossConfig(gamma=(0.0, 100.0), alpha=(0.0, 0.5)))
     TransformConfig(columns=("d",), kind="clip", low=0.0, high=float("inf"))
 
 

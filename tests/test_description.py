@@ -195,6 +195,9 @@ def test_a_wrong_key_is_named_with_its_place_and_the_nearest_right_one(
         ("sharding.memory_gib=nan", "sharding.memory_gib is nan, expected a number"),
         ("data.transforms[0].null=nan", "data.transforms[0].null is nan, expected a number"),
         ("tables[0].init='zeros'", "tables[0].init is 'zeros', expected a table"),
+        ("loss.gamma='2'", "loss.gamma is '2', expected a number"),
+        ("loss.gamma=[2, '2']", "loss.gamma[1] is '2', expected a number"),
+        ("loss.alpha=[0.5, 0.5]", "loss.alpha has 2 entries, expected 1, one for each of data.labels"),
         ("tables[0].optimizer.betas=[0.9]", "tables[0].optimizer.betas has 1 entries, expected 2"),
         ("tables[0].optimizer.betas=['a', 0.9]", "tables[0].optimizer.betas[0] is 'a', expected a number"),
         ("tables[0].ids=hash", "tables[0].ids is 'hash'; did you mean hashed?"),
@@ -268,6 +271,31 @@ def test_an_override_sets_one_key_and_leaves_the_others(override: str, path: tup
     assert data == expected
 
 
+@pytest.mark.parametrize(
+    ("override", "of_each"),
+    [
+        ("tables[*].rows=7", ["tables[0].rows=7", "tables[1].rows=7"]),
+        (" tables[*].optimizer.lr = 0.5 ", ["tables[0].optimizer.lr=0.5", "tables[1].optimizer.lr=0.5"]),
+        ("data.transforms[*].null=0", ["data.transforms[0].null=0", "data.transforms[1].null=0"]),
+        ("data.transforms[1].columns[*]=x", ["data.transforms[1].columns[0]=x"]),
+        ("data.train[*]=other.parquet", ["data.train[0]=other.parquet"]),
+        ("tables[*].features[*]=g", ["tables[0].features[0]=g", "tables[1].features[0]=g"]),
+    ],
+)
+def test_a_star_stands_for_every_entry_of_a_list_and_for_nothing_else(override: str, of_each: list[str]) -> None:
+    data, expected = plain_run(), plain_run()
+    apply_override(data, override)
+    for one in of_each:
+        apply_override(expected, one)
+    assert data == expected != plain_run()
+
+
+def test_one_entry_may_be_set_after_all_of_them(tmp_path: Path) -> None:
+    config = load(write(tmp_path), ["tables[*].rows=5", "tables[1].rows=6", "loss.gamma=[1]"])
+    assert [table.rows for table in config.tables] == [5, 6]
+    assert config.loss.gamma == (1.0,)
+
+
 def test_overrides_apply_in_order_and_later_ones_win(tmp_path: Path) -> None:
     config = load(write(tmp_path), ["seed=1", "tables[0].rows=5", "seed=2", "evaluation={metric='logloss_nats'}"])
     assert (config.seed, config.tables[0].rows) == (2, 5)
@@ -285,6 +313,16 @@ def test_overrides_apply_in_order_and_later_ones_win(tmp_path: Path) -> None:
         ("tables[2].rows=1", "--set: tables[2] does not exist; tables has entries 0 to 1"),
         ("tables.first.rows=1", "--set: tables[first] does not exist; tables has entries 0 to 1"),
         ("data.train[1]=a", "--set: data.train[1] does not exist; data.train has entries 0 to 0"),
+        (
+            "data[*].rows=1",
+            "--set data[*]: data has no entries; [*] stands for all of a list, such as tables[*].rows=9",
+        ),
+        ("x[*].rows=1", "--set x[*]: x has no entries; [*] stands for all of a list, such as tables[*].rows=9"),
+        (
+            "tables[0].features[*].x=1",
+            "--set tables[0].features[0].x: tables.0.features.0 is a plain value and has no keys of its own",
+        ),
+        ("tables[*].rows", "--set 'tables[*].rows' is not key=value; write it like --set data.epochs=2"),
     ],
 )
 def test_an_override_that_leads_nowhere_is_one_line(override: str, message: str) -> None:

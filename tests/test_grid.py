@@ -20,6 +20,7 @@ from trainer.grid import (
     configs_of,
     dense_optimizers,
     product,
+    settings_over,
     split_values,
     table_optimizers,
     trials_of,
@@ -64,6 +65,13 @@ def test_zip_pairs_values_and_refuses_axes_of_other_lengths() -> None:
     ]
     with pytest.raises(ConfigError, match=r"^--zip pairs values one by one, and --over has 2 and 3 of them$"):
         zipped(axes_of(["model.dropout=0,0.5", "model.hidden=[1],[2],[3]"]))
+
+
+def test_settings_are_all_with_all_or_pairs_and_without_axes_the_run_as_it_is() -> None:
+    overs = ["model.dropout=0,0.5", "data.epochs=1,2"]
+    assert settings_over(overs, pairs=False) == product(axes_of(overs))
+    assert settings_over(overs, pairs=True) == zipped(axes_of(overs))
+    assert settings_over([], pairs=True) == settings_over([], pairs=False) == [Setting("", ())]
 
 
 def test_names_do_not_depend_on_the_other_values_and_are_names_of_files() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pytest
@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch
 from trainer.losses import LogVariances, StepLoss, losses_of, with_weighting
-from trainer.recipe import LossConfig
+from trainer.recipe import LossConfig, RowLoss
+
+ROW_LOSSES = [
+    RowLoss(),
+    RowLoss(positive_weight=3.0, label_smoothing=0.2),
+    RowLoss(kind="focal"),
+    RowLoss(kind="focal", gamma=0.5, alpha=0.0),
+    RowLoss(kind="focal", gamma=1.5, alpha=0.6, positive_weight=0.5, label_smoothing=0.1),
+]
+row_losses = pytest.mark.parametrize("config", ROW_LOSSES, ids=str)
 
 CONFIGS = [
-    LossConfig(),
-    LossConfig(positive_weight=3.0, label_smoothing=0.2),
-    LossConfig(kind="focal"),
-    LossConfig(kind="focal", gamma=0.5, alpha=0.0),
-    LossConfig(kind="focal", gamma=1.5, alpha=0.6, positive_weight=0.5, label_smoothing=0.1),
+    *(LossConfig(**asdict(config)) for config in ROW_LOSSES),
+    LossConfig(positive_weight=(3.0, 0.5)),
+    LossConfig(kind="focal", gamma=(0.5, 2.0), alpha=(0.0, 0.6), positive_weight=2.0, label_smoothing=0.1),
+    LossConfig(kind="focal", gamma=1.0, alpha=0.3, positive_weight=(1.0, 4.0)),
 ]
-configs = pytest.mark.parametrize("config", CONFIGS, ids=str)
 
 
-def by_hand(logit: float, label: float, config: LossConfig) -> float:
+def by_hand(logit: float, label: float, config: RowLoss) -> float:
     """The formula of the papers, of a probability."""
     p = 1 / (1 + math.exp(-logit))
     target = {1.0: 1 - config.label_smoothing / 2, 0.0: config.label_smoothing / 2}[label]
@@ -36,8 +43,8 @@ def by_hand(logit: float, label: float, config: LossConfig) -> float:
     return target * if_clicked + (1 - target) * if_not
 
 
-@configs
-def test_the_loss_of_a_row_is_that_of_its_paper(config: LossConfig) -> None:
+@row_losses
+def test_the_loss_of_a_row_is_that_of_its_paper(config: RowLoss) -> None:
     logits = torch.tensor([-9.0, -2.5, -0.3, 0.0, 0.7, 4.0, 11.0], dtype=torch.float64)
     for label in (0.0, 1.0):
         found = losses_of(logits, torch.full_like(logits, label), config)
@@ -45,8 +52,8 @@ def test_the_loss_of_a_row_is_that_of_its_paper(config: LossConfig) -> None:
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-@configs
-def test_losses_and_gradients_are_right_for_logits_of_any_size(config: LossConfig) -> None:
+@row_losses
+def test_losses_and_gradients_are_right_for_logits_of_any_size(config: RowLoss) -> None:
     """Far out, the loss of the wrong side is the logit's size times a constant, and that of the right side 0."""
     logits = torch.tensor([-1e30, -1e4, -200.0, 200.0, 1e4, 1e30], requires_grad=True)
     labels = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
@@ -62,8 +69,8 @@ def test_losses_and_gradients_are_right_for_logits_of_any_size(config: LossConfi
         assert not losses_of(logits, labels, config).any()
 
 
-@configs
-def test_gradients_are_those_of_finite_differences(config: LossConfig) -> None:
+@row_losses
+def test_gradients_are_those_of_finite_differences(config: RowLoss) -> None:
     logits = torch.linspace(-4, 4, 9, dtype=torch.float64, requires_grad=True)
     for label in (0.0, 1.0):
         assert torch.autograd.gradcheck(lambda x: losses_of(x, torch.full_like(x, label), config), (logits,))  # noqa: B023
@@ -71,7 +78,7 @@ def test_gradients_are_those_of_finite_differences(config: LossConfig) -> None:
 
 def test_focal_loss_without_its_factors_is_cross_entropy() -> None:
     logits, labels = torch.randn(50, dtype=torch.float64), torch.randint(0, 2, (50,)).double()
-    focal = losses_of(logits, labels, LossConfig(kind="focal", gamma=0.0, alpha=0.0))
+    focal = losses_of(logits, labels, RowLoss(kind="focal", gamma=0.0, alpha=0.0))
     expected = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     torch.testing.assert_close(focal, expected)
 
@@ -99,10 +106,11 @@ WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
 
 def mean_by_hand(label: int, config: LossConfig) -> float:
     """The weighted mean over the rows that have a label."""
+    own = config.by_label(2)[label]
     total = weight = 0.0
     for logit, given, w in zip(LOGITS[:, label].tolist(), LABELS[:, label].tolist(), WEIGHTS.tolist(), strict=True):
         if not math.isnan(given):
-            total, weight = total + w * by_hand(logit, given, config), weight + w
+            total, weight = total + w * by_hand(logit, given, own), weight + w
     return total / weight
 
 
@@ -119,7 +127,7 @@ def on_ranks(config: LossConfig, cuts: list[int], variances: LogVariances | None
 
 
 @pytest.mark.parametrize("cuts", [[], [2], [1, 1, 4], [5]])
-@configs
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_step_is_the_mean_over_the_rows_that_have_a_label_on_any_number_of_ranks(
     config: LossConfig, cuts: list[int]
 ) -> None:
@@ -140,6 +148,14 @@ def test_learned_variances_weigh_labels_as_in_the_paper_and_so_do_their_gradient
     assert variances.log_variances.grad is not None
     slopes = [0.5 - mean / sigma**2 for mean, sigma in zip(means, sigmas, strict=True)]
     assert variances.log_variances.grad.tolist() == pytest.approx(slopes, rel=1e-12)
+
+
+def test_one_number_for_all_labels_is_bitwise_the_same_number_for_each() -> None:
+    one, each = LossConfig(positive_weight=3.0), LossConfig(positive_weight=(3.0, 3.0))
+    assert on_ranks(one, [2]).item() == on_ranks(each, [2]).item()
+    labels = torch.tensor([1.0, 0.0])
+    alone = [step_loss(LossConfig(positive_weight=w), 1, LOGITS[:2, 0], Rows(labels, 2, 2)) for w in (3.0, (3.0,))]
+    assert alone[0].item() == alone[1].item()
 
 
 def test_fixed_weights_multiply_the_labels_means() -> None:

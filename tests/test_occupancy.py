@@ -23,6 +23,7 @@ class State:
     rows_in_use = TrainState.rows_in_use
     take_events = TrainState.take_events
     take_unknown = TrainState.take_unknown
+    take_cut = TrainState.take_cut
 
     def __init__(self, spaces: Spaces) -> None:
         self.spaces, self.world = spaces.spaces, ALONE
@@ -98,6 +99,15 @@ def test_unknown_ids_of_scoring_are_told_once() -> None:
     state: Any = State(spaces)
     assert state.take_unknown() == 7
     assert state.take_unknown() == 0
+
+
+def test_what_max_length_left_out_is_told_once_and_of_the_spaces_that_have_one() -> None:
+    spaces = in_use(id_space(4, name="short", max_length=2), id_space(4, name="any"))
+    spaces.spaces["embedding.short.weight"].cut.add(np.array([[5, 1, 3]]), np.array([[2, 1, 2]]))
+    state: Any = State(spaces)
+    for ids, lists in ((4.0, 2.0), (0.0, 0.0)):
+        found = values_of(state)
+        assert found == {"cut_ids/embedding.short.weight": ids, "cut_lists/embedding.short.weight": lists}
 
 
 # ---------------------------------------------------------------- growth

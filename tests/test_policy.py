@@ -49,6 +49,7 @@ ORDER = (
     "batch",
     "pooling",
     "sequences",
+    "lengths",
     "spaces",
     "exchange",
     "vocabulary",

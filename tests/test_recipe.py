@@ -55,6 +55,9 @@ LOSS_MISTAKES = [
     ({"gamma": math.inf}, "gamma is inf, expected a number from 0 to 100"),
     ({"alpha": 1.0}, "alpha is 1.0, expected a number from 0 up to, but not including, 1"),
     ({"positive_weight": 0.0}, "positive_weight is 0.0, expected a number above 0 within float32"),
+    ({"gamma": (0.0, 101.0)}, "gamma[1] is 101.0, expected a number from 0 to 100"),
+    ({"alpha": (1.0, 0.0)}, "alpha[0] is 1.0, expected a number from 0 up to, but not including, 1"),
+    ({"positive_weight": (2.0, 0.0)}, "positive_weight[1] is 0.0, expected a number above 0 within float32"),
     ({"task_weights": (1.0, -1.0)}, "task_weights[1] is -1.0, expected a number above 0 within float32"),
     ({"label_smoothing": 1.0}, "label_smoothing is 1.0, expected a number from 0 up to, but not including, 1"),
     (

@@ -266,6 +266,7 @@ def test_the_final_table_puts_the_best_possible_beside_what_was_reached() -> Non
         "test_logloss_nats": 0.45,
         "test_possible_logloss_nats": 0.44,
         "test_calibration_ratio": 0.99,
+        "test_cut_ids": 1234.0,
         "validation_auc": 0.1,
     }
     assert cells(final_table(metrics)) == [
@@ -274,6 +275,7 @@ def test_the_final_table_puts_the_best_possible_beside_what_was_reached() -> Non
         ["log loss (nats)", "0.45000", "0.44000"],
         ["calibration", "0.99000"],
         ["rows", "40,000"],
+        ["ids beyond max_length, left out", "1,234"],
     ]
 
 

@@ -93,16 +93,18 @@ def test_what_is_a_sequence_may_not_change_and_older_checkpoints_have_none(half_
         path, manifest = checkpoint.find(half_way)
         plain = run_plain(click_log, output=str(half_way))
         older = [
-            {name: value for name, value in each.items() if name != "sequences"} for each in manifest.config["tables"]
+            {name: value for name, value in each.items() if name not in ("sequences", "max_length")}
+            for each in manifest.config["tables"]
         ]
         manifest = dataclasses.replace(manifest, config=manifest.config | {"tables": older})
         run.check_same_run(manifest, run.open_inputs(build(RunConfig, plain), world), path)
-        plain["tables"][0]["sequences"] = ["m*"]
-        inputs = run.open_inputs(build(RunConfig, plain), world)
-        with pytest.raises(
-            CheckpointError, match=r"^tables\[0\].sequences is \[\] in checkpoint .* and \['m0'\] in the run"
-        ):
-            run.check_same_run(manifest, inputs, path)
+        for name, value, was, now in (("max_length", 9, "0", "9"), ("sequences", ["m*"], r"\[\]", r"\['m0'\]")):
+            plain["tables"][0][name] = value
+            inputs = run.open_inputs(build(RunConfig, plain), world)
+            with pytest.raises(
+                CheckpointError, match=rf"^tables\[0\].{name} is {was} in checkpoint .* and {now} in the run"
+            ):
+                run.check_same_run(manifest, inputs, path)
 
 
 def test_longer_epochs_go_on_to_what_one_longer_run_reaches(click_log: Path, tmp_path: Path) -> None:

@@ -303,12 +303,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    from trainer.grid import configs_of, settings_over
+
+    shared, overs = tuple(arguments.overrides), tuple(arguments.over)
+    configs_of(arguments.config, shared, settings_over(overs, pairs=arguments.zip))
     from trainer.sweep import Sweep, sweep
 
     asked = Sweep(
         config=arguments.config,
-        shared=tuple(arguments.overrides),
-        overs=tuple(arguments.over),
+        shared=shared,
+        overs=overs,
         pairs=arguments.zip,
         seeds=arguments.seeds,
         ranks=arguments.ranks,

@@ -208,6 +208,10 @@ def export(path: Location, out: Path, stored: Stored | None, *, since: Location 
     _refuse_ranks("export")
     log_to_terminal()
     quiet_libraries()
+    _, manifest = checkpoint.find(path, verified=False)
+    limited = next((table["name"] for table in manifest.config["tables"] if table.get("max_length")), None)
+    if limited is not None:
+        raise OutputError(f"{path} cannot be exported: table {limited!r} has max_length, and no server cuts lists")
     return export_model(path, out, stored, since=since, overwrite=overwrite)
 
 
@@ -292,10 +296,11 @@ def _predict(
     state = load_state(path, manifest, config, len(columns.dense), world)
     with _bar("predicting", dataset, world) as tick:
         write_predictions(state, dataset, columns, data, kept, out, tick, predicted)
-    unknown = state.take_unknown()
-    return f"{out}: {dataset.num_rows:,} rows by step {manifest.step}" + (
-        f"; {unknown:,} ids unknown" if unknown else ""
-    )
+    unknown, cut = state.take_unknown(), sum(each.ids for each in state.take_cut().values())
+    said = [f"{out}: {dataset.num_rows:,} rows by step {manifest.step}"]
+    said += [f"{unknown:,} ids unknown"] if unknown else []
+    said += [f"{cut:,} ids beyond max_length left out"] if cut else []
+    return "; ".join(said)
 
 
 @contextmanager

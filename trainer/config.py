@@ -95,6 +95,9 @@ class TableConfig:
     sequences: tuple[str, ...] = ()
     """Features of this table that the model gets unpooled, in their order; glob patterns. See docs/sequences.md."""
 
+    max_length: int = 0
+    """Ids that a row keeps of each feature at most, the last ones; what is left out is counted. 0: any number."""
+
     optimizer: SparseOptimizerConfig = field(default_factory=SparseOptimizerConfig)
     """Applied in backward; tables of equal features, ids, rows and element-wise optimizer share one physical table."""
 
@@ -107,8 +110,8 @@ class TableConfig:
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), f"name is {self.name!r}, expected letters, digits and underscores")
         require(bool(self.features), "features is empty, expected at least one column or pattern")
-        require(self.dim >= 1, f"dim is {self.dim}, expected 1 or more")
-        require(self.rows >= 1, f"rows is {self.rows}, expected 1 or more")
+        for name in ("dim", "rows", "admit_after", "sketch_width"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected 1 or more")
         for name, most in (("dim", 1 << 16), ("rows", 1 << 40), ("max_rows", 1 << 40), ("sketch_width", 1 << 30)):
             value = getattr(self, name)
             require(value < most, f"{name} is {value}, expected fewer than 2**{most.bit_length() - 1}")
@@ -117,10 +120,9 @@ class TableConfig:
             f"max_rows is {self.max_rows}, expected 0 or at least rows = {self.rows}",
         )
         require(1 < self.growth_factor < math.inf, f"growth_factor is {self.growth_factor}, expected above 1")
-        require(self.admit_after >= 1, f"admit_after is {self.admit_after}, expected 1 or more")
-        require(self.sketch_width >= 1, f"sketch_width is {self.sketch_width}, expected 1 or more")
         require(0 < self.evict_fraction <= 1, f"evict_fraction is {self.evict_fraction}, expected above 0, at most 1")
-        require(self.expire_after >= 0, f"expire_after is {self.expire_after}, expected 0 or more")
+        for name in ("expire_after", "max_length"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.ids != "exact":
             for name, off in (("admit_after", 1), ("evict", "none"), ("expire_after", 0)):
                 value = getattr(self, name)
@@ -361,25 +363,22 @@ class RunConfig:
                 not table.expire_after or table.expire_unit == "steps" or bool(self.data.timestamp),
                 f"tables[{number}].expire_unit is 'seconds', which needs data.timestamp, the column of times",
             )
-        if self.evaluation.metric == "gauc":
-            require(
-                bool(self.data.user),
-                "evaluation.metric is 'gauc', which needs data.user, the column of users",
-            )
+        require(
+            self.evaluation.metric != "gauc" or bool(self.data.user),
+            "evaluation.metric is 'gauc', which needs data.user, the column of users",
+        )
         if self.evaluation.patience:
             require(bool(self.data.validation), "evaluation.patience needs data.validation to be scored")
-        labels, weights, task = self.data.labels, self.loss.task_weights, self.evaluation.task
-        require(
-            len(weights) in (0, len(labels)),
-            f"loss.task_weights has {len(weights)} entries, expected {len(labels)}, one for each of data.labels",
-        )
-        require(
-            self.loss.task_weighting == "fixed" or len(labels) > 1,
-            "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
-        )
+        labels, task = self.data.labels, self.evaluation.task
+        self.loss.check_labels(labels)
         require(
             not task or task in labels,
             f"evaluation.task is {task!r}, expected one of data.labels: {', '.join(labels)}",
+        )
+        longest = sorted({table.max_length for table in self.tables if table.sequences})
+        require(
+            len(longest) <= 1,
+            f"tables: those with sequences, which are read side by side, have max_length {longest}; give all the same",
         )
 
 

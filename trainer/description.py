@@ -168,7 +168,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(typing.cast("type[Any]", hint), _typed(dict, value, "a table", where), where)
     if origin in (Union, types.UnionType):
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        many = [a for a in kinds if get_origin(a) is tuple and isinstance(value, list)]
+        return _convert((many or kinds)[0], value, where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where} is {_shown(value)}; {nearest(str(value), [str(a) for a in arguments])}")

@@ -38,8 +38,9 @@ def score(
 
     Ids without a row read the cold row; ``{prefix}_unknown_ids`` counts their sightings. With a probability column,
     also ``{prefix}_possible_auc`` and ``{prefix}_possible_logloss_nats``: what the generating probability itself (of
-    the first label) reaches on these rows. With several labels each metric's key ends in ``/LABEL``. ``tick(rows)`` is
-    told of rows as they are done.
+    the first label) reaches on these rows. Where a table has a ``max_length``, ``{prefix}_cut_ids`` and
+    ``{prefix}_cut_lists`` count what it left out, over all tables. With several labels each metric's key ends in
+    ``/LABEL``. ``tick(rows)`` is told of rows as they are done.
 
     Raises:
         DataError: a row cannot be read. MetricError: the rows are all of one class.
@@ -57,7 +58,7 @@ def score(
         tick(prediction.batch.global_rows)
 
     whole = score_rows(state, dataset, columns, data, take, wants_stop)
-    unknown_ids = float(state.take_unknown())
+    unknown_ids, cut = float(state.take_unknown()), state.take_cut()
     if not whole:
         return {}
     report = scored.evaluate(prefix)
@@ -65,6 +66,9 @@ def score(
         best = evaluate_everywhere(possible, prefix)
         found = {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
         report |= named(found, columns.label, columns.labels)
+    if cut:
+        report[f"{prefix}_cut_ids"] = float(sum(each.ids for each in cut.values()))
+        report[f"{prefix}_cut_lists"] = float(sum(each.lists for each in cut.values()))
     return report | {f"{prefix}_unknown_ids": unknown_ids}
 
 

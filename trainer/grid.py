@@ -210,6 +210,16 @@ def dense_optimizers() -> Axis:
     )
 
 
+def settings_over(overs: Sequence[str], *, pairs: bool) -> list[Setting]:
+    """The settings of ``--over`` axes: all values with all, or in ``pairs``. Without axes one that sets nothing.
+
+    Raises:
+        ConfigError: as ``axes_of`` and ``zipped``.
+    """
+    axes = axes_of(overs)
+    return zipped(axes) if pairs and axes else product(axes)
+
+
 def configs_of(path: Path, shared: Sequence[str], settings: Sequence[Setting]) -> list[RunConfig]:
     """The run description of each setting; ``shared``: the overrides that all of them have.
 

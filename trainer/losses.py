@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from trainer.batch import Batch
-from trainer.recipe import LossConfig
+from trainer.recipe import LossConfig, RowLoss
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,7 +36,7 @@ def with_weighting(model: Model, config: LossConfig, num_labels: int) -> Model:
     return model
 
 
-def losses_of(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
+def losses_of(logits: Tensor, labels: Tensor, config: RowLoss) -> Tensor:
     """The loss of each row, in the shape and dtype of ``logits``; ``labels``: 0 or 1. Finite for every finite logit.
 
     With ``p = sigmoid(logit)``, the label after smoothing ``y' = (1 - e) y + e / 2`` and ``w`` the positive weight:
@@ -45,7 +45,7 @@ def losses_of(logits: Tensor, labels: Tensor, config: LossConfig) -> Tensor:
     * focal: ``-alpha w y' (1 - p)^gamma ln(p) - (1 - alpha) (1 - y') p^gamma ln(1 - p)`` (Lin et al. 2017, equation 5;
       without the two factors if alpha is 0)
 
-    >>> losses_of(torch.zeros(2), torch.tensor([0.0, 1.0]), LossConfig(positive_weight=2.0))
+    >>> losses_of(torch.zeros(2), torch.tensor([0.0, 1.0]), RowLoss(positive_weight=2.0))
     tensor([0.6931, 1.3863])
     """
     smoothed = labels * (1 - config.label_smoothing) + config.label_smoothing / 2
@@ -66,7 +66,8 @@ class StepLoss:
 
     def __init__(self, config: LossConfig, world_size: int) -> None:
         self._config, self._world_size = config, world_size
-        self._plain = config.kind == "bce" and config.positive_weight == 1 and not config.label_smoothing
+        (first,) = config.by_label(1)
+        self._plain = first.kind == "bce" and first.positive_weight == 1 and not first.label_smoothing
         self._plain = self._plain and config.task_weights in ((), (1.0,))
 
     def __call__(self, logits: Tensor, batch: Batch, variances: LogVariances | None) -> Tensor:
@@ -96,7 +97,7 @@ class StepLoss:
 
     def _of_labels(self, logits_BT: Tensor, labels_BT: Tensor, batch: Batch, variances: LogVariances | None) -> Tensor:
         present_BT = labels_BT.isfinite()
-        losses_BT = losses_of(logits_BT, torch.where(present_BT, labels_BT, 0), self._config) * present_BT
+        losses_BT = self._of_rows(logits_BT, torch.where(present_BT, labels_BT, 0)) * present_BT
         if batch.weights is not None:
             losses_BT = losses_BT * batch.weights[: batch.num_rows].unsqueeze(1)
         num_labels = logits_BT.shape[1]
@@ -111,3 +112,10 @@ class StepLoss:
             weights = self._config.task_weights or (1.0,) * num_labels
             terms = [term * weight for term, weight in zip(terms, weights, strict=True)]
         return torch.stack(terms).sum()
+
+    def _of_rows(self, logits_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        by_label = self._config.by_label(logits_BT.shape[1])
+        if len(set(by_label)) == 1:
+            return losses_of(logits_BT, labels_BT, by_label[0])
+        columns = zip(logits_BT.unbind(dim=1), labels_BT.unbind(dim=1), by_label, strict=True)
+        return torch.stack([losses_of(logits, labels, config) for logits, labels, config in columns], dim=1)

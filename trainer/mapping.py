@@ -20,6 +20,7 @@ from trainer.batch import Batch, Fresh, bags_of
 from trainer.errors import DataError
 from trainer.exchange import Exchange, Received
 from trainer.idmap import Deduplicator, Distinct
+from trainer.lengths import Cut, last_ids
 from trainer.rows import Cursor, RawBatch
 from trainer.spaces import COLD_ROW, FIRST_SLOT, IdSpace
 from trainer.vocabulary import COLD, Events, Request, Vocabulary
@@ -42,6 +43,8 @@ class SpaceState:
     """Whether some table of the space has rows of this rank's stripe on other ranks: then all hear of new ids."""
 
     unknown: Events = field(default_factory=Events)
+    cut: Cut = field(default_factory=Cut)
+    """What lists had beyond the table's ``max_length``, since this was last told."""
 
     @property
     def name(self) -> str:
@@ -63,6 +66,9 @@ class Question:
 
     distinct: Distinct
     """Distinct ids, in order of first appearance, and where each id of the batch stands among them."""
+
+    lengths: NDArray[np.int32]
+    """Ids of each feature and row, at most ``max_length``: [F + S, B]."""
 
     received: Received | None
     merged: NDArray[np.int32] | None
@@ -203,18 +209,21 @@ class Mapper:
         return self.answer(raw, questions, needs)
 
     def _ask(self, state: SpaceState, numbers: list[int], raw: RawBatch) -> Question:
-        ids = _ids_of(raw, numbers)
+        ids, lengths = _ids_of(raw, numbers), raw.lengths[numbers]
+        if state.space.rules.max_length:
+            ids, lengths = last_ids(ids, lengths, state.space.rules.max_length)
         distinct = self._distinct(ids)
         vocabulary = state.vocabulary
         if vocabulary is None:
-            needed = self._stripe_for(state, distinct.ids, ids, numbers, raw)
+            needed = self._stripe_for(state, distinct.ids, ids, lengths, numbers, raw)
             counts = self.learns and state.space.kind == "identity"
-            return Question(distinct, None, None, None, needed, int(distinct.ids.max(initial=-1)) + 1 if counts else 0)
+            ids_seen = int(distinct.ids.max(initial=-1)) + 1 if counts else 0
+            return Question(distinct, lengths, None, None, None, needed, ids_seen)
         received = self._exchange.to_owners(distinct.ids, distinct.counts.astype(np.int64))
         asked, sightings, merged = self._merge(received)
         request = vocabulary.prepare(asked, sightings)
         needed = vocabulary.slots_needed(request) if self.learns else 0
-        return Question(distinct, received, merged, request, needed)
+        return Question(distinct, lengths, received, merged, request, needed)
 
     def _merge(self, received: Received) -> tuple[Int64s, Int64s, NDArray[np.int32] | None]:
         """Distinct ids that were received, their sightings on all ranks, and the place of each received one."""
@@ -225,7 +234,15 @@ class Mapper:
         sightings = np.bincount(merged.inverse, weights=counts, minlength=len(merged.ids))
         return merged.ids, sightings.astype(np.int64), merged.inverse
 
-    def _stripe_for(self, state: SpaceState, distinct: Int64s, ids: Int64s, numbers: list[int], raw: RawBatch) -> int:
+    def _stripe_for(
+        self,
+        state: SpaceState,
+        distinct: Int64s,
+        ids: Int64s,
+        lengths: NDArray[np.int32],
+        numbers: list[int],
+        raw: RawBatch,
+    ) -> int:
         """The stripe that an ``identity`` or ``hashed`` space needs for these ids."""
         if state.space.kind == "hashed" or not len(distinct):
             return state.space.stripe
@@ -233,7 +250,7 @@ class Mapper:
         outside = distinct.view(np.uint64) >= np.uint64(_most_ids(state.space))
         if outside.any() and (self.learns or distinct.min() < 0):
             wrong = distinct[(outside if self.learns else distinct < 0).argmax()]
-            place = self._explain(numbers, raw, int((ids == wrong).argmax()))
+            place = self._explain(numbers, lengths, raw, int((ids == wrong).argmax()))
             raise DataError(
                 f"{place}: id {wrong} is not a row of table {state.name!r}, which has ids = 'identity' and rows 0 to "
                 f"{_most_ids(state.space) - 1}; raise the table's max_rows or use ids = 'exact'"
@@ -241,13 +258,13 @@ class Mapper:
         highest = int(distinct.max())
         return max(state.space.stripe, highest // state.space.world_size + 1 + FIRST_SLOT) if self.learns else 0
 
-    def _explain(self, numbers: list[int], raw: RawBatch, index: int) -> str:
+    def _explain(self, numbers: list[int], lengths: NDArray[np.int32], raw: RawBatch, index: int) -> str:
         """File, row and feature of an id of a space by its place among the space's ids."""
-        counts = raw.lengths[numbers].sum(axis=1, dtype=np.int64)
+        counts = lengths.sum(axis=1, dtype=np.int64)
         ends = counts.cumsum()
         at = int(np.searchsorted(ends, index, side="right"))
         within = index - int(ends[at] - counts[at])
-        row = int(np.searchsorted(raw.lengths[numbers[at]].cumsum(), within, side="right"))
+        row = int(np.searchsorted(lengths[at].cumsum(), within, side="right"))
         return f"{self._place(int(raw.row_numbers[row]))}, feature {self._features[numbers[at]]!r}"
 
     def note_ids_seen(self, highest: Sequence[int]) -> None:
@@ -278,7 +295,9 @@ class Mapper:
                     state, question, question.request, now[state.space.rules.expire_unit], num_new
                 )
                 fresh += [new] if new is not None else []
-            bags[state.name] = bags_of(raw.lengths[numbers], question.distinct, len(state.space.sequences))
+            if state.space.rules.max_length:
+                state.cut.add(raw.lengths[numbers], question.lengths)
+            bags[state.name] = bags_of(question.lengths, question.distinct, len(state.space.sequences))
         room = dict(zip(rows, needs.num_distinct, strict=True))
         return Batch(
             dense=torch.from_numpy(raw.dense),

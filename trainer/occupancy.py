@@ -41,7 +41,10 @@ def describe_growth(growth: Growth) -> str:
 
 
 def table_values(state: TrainState) -> dict[str, float]:
-    """Per id space that may grow: rows in use, capacity, load, and counts since the last report. Collective."""
+    """Per id space that may grow: rows in use, capacity, load, and counts since the last report. Collective.
+
+    Per id space of a ``max_length``: what that left out since then.
+    """
     in_use, events = state.rows_in_use(), state.take_events()
     values: dict[str, float] = {}
     for name, live in state.spaces.items():
@@ -60,4 +63,6 @@ def table_values(state: TrainState) -> dict[str, float]:
         vocabulary = state.spaces[name].vocabulary
         if vocabulary is not None:
             values[f"map_probes/{name}"] = vocabulary.ids.statistics().mean_probes
+    for name, cut in state.take_cut().items():
+        values |= {f"cut_ids/{name}": float(cut.ids), f"cut_lists/{name}": float(cut.lists)}
     return values

@@ -155,6 +155,17 @@ class InitConfig:
         require(0 <= self.scale <= LARGEST, f"scale is {self.scale}, expected 0 or more within float32")
 
 
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """The loss of one label's rows: what ``LossConfig`` says of it."""
+
+    kind: Literal["bce", "focal"] = "bce"
+    gamma: float = 2.0
+    alpha: float = 0.25
+    positive_weight: float = 1.0
+    label_smoothing: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """What training minimizes; what is reported as log loss is the plain one, whatever stands here."""
@@ -162,13 +173,14 @@ class LossConfig:
     kind: Literal["bce", "focal"] = "bce"
     """Binary cross entropy, or the same with well predicted rows weighted down (Lin et al. 2017)."""
 
-    gamma: float = 2.0
-    """Of ``focal``: how fast a row's weight falls as its prediction gets better; 0 makes it ``bce``."""
+    gamma: float | tuple[float, ...] = 2.0
+    """Of ``focal``: how fast a row's weight falls as its prediction gets better; 0 makes it ``bce``. One number for all
+    labels, or a list of one for each, in the order of ``data.labels``; so are the next two."""
 
-    alpha: float = 0.25
+    alpha: float | tuple[float, ...] = 0.25
     """Of ``focal``: what rows of label 1 are weighted with, the others with 1 - alpha; 0 weighs all rows alike."""
 
-    positive_weight: float = 1.0
+    positive_weight: float | tuple[float, ...] = 1.0
     """What rows of label 1 are weighted with besides."""
 
     label_smoothing: float = 0.0
@@ -181,9 +193,12 @@ class LossConfig:
     """What each label's loss is weighted with, in the order of ``data.labels``; empty: all with 1."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.gamma <= 100, f"gamma is {self.gamma}, expected a number from 0 to 100")
-        require(0 <= self.alpha < 1, f"alpha is {self.alpha}, expected a number from 0 up to, but not including, 1")
-        for name, value in (("positive_weight", self.positive_weight), *_numbered("task_weights", self.task_weights)):
+        for name, value in _numbered("gamma", self.gamma):
+            require(0 <= value <= 100, f"{name} is {value}, expected a number from 0 to 100")
+        for name, value in _numbered("alpha", self.alpha):
+            require(0 <= value < 1, f"{name} is {value}, expected a number from 0 up to, but not including, 1")
+        weights = _numbered("positive_weight", self.positive_weight) + _numbered("task_weights", self.task_weights)
+        for name, value in weights:
             require(0 < value <= LARGEST, f"{name} is {value}, expected a number above 0 within float32")
         require(
             0 <= self.label_smoothing < 1,
@@ -194,9 +209,46 @@ class LossConfig:
             "task_weights are of task_weighting = 'fixed', and 'uncertainty' learns its own; leave them out",
         )
 
+    def check_labels(self, labels: tuple[str, ...]) -> None:
+        """Raise ConfigError unless this is a loss of these labels."""
+        for name in ("gamma", "alpha", "positive_weight", "task_weights"):
+            values = getattr(self, name)
+            if isinstance(values, tuple) and (values or name != "task_weights"):
+                require(
+                    len(values) == len(labels),
+                    f"loss.{name} has {len(values)} entries, expected {len(labels)}, one for each of data.labels",
+                )
+        require(
+            self.task_weighting == "fixed" or len(labels) > 1,
+            "loss.task_weighting is 'uncertainty', which needs several data.labels, and there is one",
+        )
 
-def _numbered(name: str, values: tuple[float, ...]) -> list[tuple[str, float]]:
+    def by_label(self, num_labels: int) -> tuple[RowLoss, ...]:
+        """The loss of each label's rows.
+
+        >>> [loss.positive_weight for loss in LossConfig(positive_weight=(3.0, 1.0)).by_label(2)]
+        [3.0, 1.0]
+        """
+        return tuple(
+            RowLoss(
+                self.kind,
+                _of(self.gamma, label),
+                _of(self.alpha, label),
+                _of(self.positive_weight, label),
+                self.label_smoothing,
+            )
+            for label in range(num_labels)
+        )
+
+
+def _numbered(name: str, values: float | tuple[float, ...]) -> list[tuple[str, float]]:
+    if not isinstance(values, tuple):
+        return [(name, values)]
     return [(f"{name}[{place}]", value) for place, value in enumerate(values)]
+
+
+def _of(values: float | tuple[float, ...], label: int) -> float:
+    return values[label] if isinstance(values, tuple) else values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

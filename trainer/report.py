@@ -217,6 +217,8 @@ def final_table(metrics: Mapping[str, float], prefix: str = "test") -> str:
             value, best = metrics[f"{prefix}_{name}{of}"], metrics.get(f"{prefix}_possible_{name}{of}")
             written = f"{value:,.0f}" if name == "rows" else f"{value:.5f}"
             rows.append([f"{of[1:]} {label}".strip(), written, "" if best is None else f"{best:.5f}"])
+    if f"{prefix}_cut_ids" in metrics:
+        rows.append(["ids beyond max_length, left out", f"{metrics[f'{prefix}_cut_ids']:,.0f}", ""])
     headers = [prefix, "reached", "best possible"]
     return str(tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right")))
 

@@ -63,7 +63,7 @@ _WHERE_ABSENT = {
 }
 """What a checkpoint was made with whose run description lacks these keys."""
 
-_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "sequences", "init")
+_TABLES_MUST_MATCH = ("name", "role", "features", "dim", "ids", "pooling", "sequences", "max_length", "init")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def differences(
     saved_run = manifest.config
     pairs = [(name, _at(saved_run, name, _WHERE_ABSENT.get(name)), _at(ours, name)) for name in names]
     for number, (saved, own) in enumerate(zip(saved_run["tables"], ours["tables"], strict=False)):
-        was = {"sequences": []} | saved  # as in checkpoints from before there were any
+        was = {"sequences": [], "max_length": 0} | saved  # as in checkpoints from before there were any
         pairs += [(f"tables[{number}].{name}", was.get(name), own.get(name)) for name in of_tables]
         pairs.append((f"tables[{number}].optimizer.kind", saved["optimizer"]["kind"], own["optimizer"]["kind"]))
         if own["ids"] == "hashed":  # a row is a hash modulo their number

@@ -19,6 +19,7 @@ from trainer.batch import Fresh
 from trainer.config import RunConfig
 from trainer.device import assign, on_computing_stream, set_multiplication
 from trainer.errors import ConfigError
+from trainer.lengths import Cut
 from trainer.lookup import kernels_in
 from trainer.losses import with_weighting
 from trainer.mapping import SpaceState
@@ -186,6 +187,15 @@ class TrainState:
         for space in self.spaces.values():
             space.unknown = Events()
         return sum(self.world.sum_integers(*own))
+
+    def take_cut(self) -> dict[str, Cut]:
+        """By id space of a ``max_length``: what it left out since this was last called, over all ranks. Collective."""
+        limited = {name: space for name, space in self.spaces.items() if space.space.rules.max_length}
+        own = [count for space in limited.values() for count in (space.cut.ids, space.cut.lists)]
+        totals = iter(self.world.sum_integers(*own))
+        for space in limited.values():
+            space.cut = Cut()
+        return {name: Cut(next(totals), next(totals)) for name in limited}
 
     def rows_in_use(self) -> dict[str, int]:
         """By id space: rows that ids have, over all ranks. Collective."""

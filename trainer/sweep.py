@@ -22,13 +22,12 @@ from trainer.errors import ConfigError, RunFailedError
 from trainer.grid import (
     Setting,
     Trial,
-    axes_of,
     configs_of,
     dense_optimizers,
     product,
+    settings_over,
     table_optimizers,
     trials_of,
-    zipped,
 )
 from trainer.location import Location, locate
 from trainer.lock import locked
@@ -101,8 +100,7 @@ def _beside(base: RunConfig) -> Path:
 
 def _first_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
     if asked.overs:
-        axes = axes_of(asked.overs)
-        return zipped(axes) if asked.pairs else product(axes)
+        return settings_over(asked.overs, pairs=asked.pairs)
     import torch
 
     return product([table_optimizers(base, on_gpu=torch.cuda.is_available())])

@@ -88,6 +88,7 @@ _DECIDE_IDS = (
     "expire_unit",
     "features",
     "sequences",
+    "max_length",
 )
 """What tables must agree on to share one id space."""
 

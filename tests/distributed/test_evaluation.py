@@ -25,7 +25,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A click log, a run of ten steps on it by one rank, and a folder of rows to score for each of ``SIZES``."""
     directory = tmp_path_factory.mktemp("trained")
     write_click_log(directory, rows=644)
-    assert call("train", run_toml(directory, max_steps=10, evaluation={"every_steps": 100})).code == 0
+    tables = [table | {"max_length": 1} for table in run_plain(directory)["tables"]]
+    assert call("train", run_toml(directory, max_steps=10, tables=tables, evaluation={"every_steps": 100})).code == 0
     rows = pq.read_table(directory / "test")
     for size in SIZES:
         part = rows.slice(0, size)
@@ -39,8 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _score_and_plan(directory: Path) -> tuple[list[Metrics], list[dict[str, Any]]]:
-    """Metrics of each set of rows, and the plan of two tables that the planner has all choice for."""
+def _score_and_plan(directory: Path) -> tuple[list[Metrics], list[dict[str, Any]], list[str]]:
+    """Metrics of each set of rows, the plan of two tables that the planner is free to place, and what predict says."""
     from trainer.commands import _evaluate, _predict
     from trainer.config import RunConfig
     from trainer.description import build
@@ -53,13 +54,12 @@ def _score_and_plan(directory: Path) -> tuple[list[Metrics], list[dict[str, Any]
     with join_world(standalone=not launched()) as world:
         run = directory / "run"
         metrics = [_evaluate(run, [f"{directory}/rows-{size}/*"], world) for size in SIZES]
+        said = []
         for size in SIZES:
-            out = directory / f"{world.size}-{size}.parquet"
-            _predict(
-                run, out, [f"{directory}/rows-{size}/*"], world, keep=["user_id", "m0"], batch_size=32, overwrite=False
-            )
+            out, rows = directory / f"{world.size}-{size}.parquet", [f"{directory}/rows-{size}/*"]
+            said.append(_predict(run, out, rows, world, keep=["user_id", "m0"], batch_size=32, overwrite=False))
         physical = lay_out(config.tables, world.size, pack=False)
-        return metrics, plan_rows(plan_tables(physical, config.sharding, world, 32), physical, world.size)
+        return metrics, plan_rows(plan_tables(physical, config.sharding, world, 32), physical, world.size), said
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,11 @@ def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(
 ) -> None:
     found = run_ranks(_score_and_plan, world_size, trained)
     assert all(each == found[0] for each in found), "ranks differ"
-    metrics, plan = found[0]
+    metrics, plan, said = found[0]
+    cut = [size // 4 for size in SIZES]  # every fourth row has two ids
+    assert [each["evaluation_cut_ids"] for each in metrics] == cut
+    told = [f"{number} ids beyond max_length left out" if number else "" for number in cut]
+    assert [line.partition("; ")[2] for line in said] == told
     for size, ours, expected in zip(SIZES, metrics, alone, strict=True):
         assert ours["evaluation_rows"] == size
         assert ours["evaluation_click_rate"] == pytest.approx(size // 2 / size)
@@ -87,3 +91,12 @@ def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(
         assert expected["m0"].equals(pq.read_table(trained / f"rows-{size}")["m0"])
         np.testing.assert_allclose(ours["probability"], expected["probability"], rtol=1e-6)
     assert not list(trained.glob(".*")), "something is left of the parts"
+
+
+def test_a_model_whose_lists_are_cut_is_not_exported_as_a_server_would_not_cut_them(
+    trained: Path, tmp_path: Path
+) -> None:
+    call("export", trained / "run", tmp_path / "served").complains_of(
+        "cannot be exported: table 'embedding' has max_length, and no server cuts lists$"
+    )
+    assert not (tmp_path / "served").exists()

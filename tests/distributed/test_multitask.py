@@ -28,7 +28,7 @@ LABELS = ("click", "buy")
 TABLE = {"features": ["f0", "f1", "f2", "m0"], "ids": "hashed", "rows": 300, "sharding": ["row_wise"]}
 WEIGHTINGS: dict[str, dict[str, Any]] = {
     "fixed": {"kind": "focal", "task_weights": [1.0, 0.5]},
-    "uncertainty": {"task_weighting": "uncertainty", "positive_weight": 2.0, "label_smoothing": 0.1},
+    "uncertainty": {"task_weighting": "uncertainty", "positive_weight": [2.0, 0.5], "label_smoothing": 0.1},
 }
 SPEEDS = ("segment_seconds", "rows_per_second", "stall_seconds")
 

@@ -23,11 +23,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "dien": {"kind": "dien", "hidden": [8], "negatives": ["others", "other_kinds"], "auxiliary_weight": 0.5, **PAIRS},
     "bst": {"kind": "bst", "hidden": [8], "heads": 2, "positions": 4, **PAIRS},
 }
+KINDS["din of the last"] = KINDS["din"]
+"""With a ``max_length``."""
+
+ROWS, STREAMS, BATCH, LAST = 480, 4, 32, 3
 
 
-def write_histories(directory: Path, rows: int = 480) -> None:
-    """Histories of none to seven items; the first two global batches have empty ones only."""
-    rng = np.random.default_rng(0)
+def write_histories(directory: Path, most: int = 7) -> None:
+    """Histories of none to seven items, their last ``most``; the first two global batches have empty ones only."""
+    rng, rows = np.random.default_rng(0), ROWS
     for split in SPLITS:
         lengths = np.where(np.arange(rows) < 64, 0, rng.integers(0, 8, rows))
         items = [rng.integers(0, 300, length) * 1_000_003 for length in lengths]
@@ -39,7 +43,7 @@ def write_histories(directory: Path, rows: int = 480) -> None:
             "user_id": rng.integers(0, 40, rows),
             "click": rng.integers(0, 2, rows).astype(np.int8),
             **{
-                name: pa.array([list(ids) for ids in lists], pa.list_(pa.int64()))
+                name: pa.array([list(ids)[-most:] for ids in lists], pa.list_(pa.int64()))
                 for name, lists in {
                     "items": items,
                     "kinds": [ids % 17 for ids in items],
@@ -48,7 +52,7 @@ def write_histories(directory: Path, rows: int = 480) -> None:
                 }.items()
             },
         }
-        (directory / split).mkdir()
+        (directory / split).mkdir(parents=True)
         pq.write_table(pa.table(columns), directory / split / "part.parquet", row_group_size=50)
 
 
@@ -69,18 +73,21 @@ def described(directory: Path, kind: str, name: str, **overrides: Any) -> dict[s
         {"name": "kind", "features": ["kind", *kinds], "sequences": kinds, "rows": 17, "dim": 4},
         {"name": "user", "features": ["user_id"], "ids": "exact", "rows": 4, "dim": 4},
     ]
+    if kind == "din of the last":
+        tables = [table | {"max_length": LAST} for table in tables]
     plain = run_plain(directory, output=str(directory / name), max_steps=STEPS, segment_steps=1, **overrides)
-    data = plain["data"] | {"dense": [], "transforms": [], "shuffle": False, "global_batch_size": 32, "epochs": 1}
+    data = plain["data"] | {"dense": [], "transforms": [], "shuffle": False, "global_batch_size": BATCH, "epochs": 1}
     return plain | {"data": data, "tables": tables, "model": KINDS[kind], "checkpoint": {"every_steps": 4}}
 
 
 def runs_of(directory: Path, world_size: int) -> list[dict[str, Any]]:
-    """For each kind a run in one go and the same in two parts; for one also with its tables apart."""
+    """For each kind a run in one go and the same in two parts; for one also with its tables apart, or short data."""
     runs = []
     for kind in KINDS:
         whole, part = (described(directory, kind, f"{kind}{world_size}{way}") for way in ("", "-parts"))
         whole["report"] = {**whole["report"], "diagnostics": True}
         runs += [whole, part | {"max_steps": 3}, part]
+    runs.append(described(directory / "short", "din", f"din{world_size}-short"))
     return [*runs, described(directory, "din", f"din{world_size}-apart", sharding={"pack": False})]
 
 
@@ -106,6 +113,7 @@ class Outcomes:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     directory = tmp_path_factory.mktemp("histories")
     write_histories(directory)
+    write_histories(directory / "short", LAST)
     return Outcomes({size: run_ranks(train_all, size, runs_of(directory, size), timeout=200)[0] for size in (1, 2)})
 
 
@@ -136,3 +144,27 @@ def test_tables_that_share_a_history_are_bitwise_the_same_packed_and_apart(outco
     packed, apart = outcomes.of("din", world_size)[0], outcomes.found[world_size][-1]
     assert packed.digests == apart.digests
     assert packed.losses == apart.losses
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_histories_cut_by_max_length_are_those_cut_when_the_data_are_made_but_counted(
+    outcomes: Outcomes, world_size: int
+) -> None:
+    whole, _, resumed = outcomes.of("din of the last", world_size)
+    short = outcomes.found[world_size][-2]
+    assert whole.digests == short.digests
+    assert whole.losses == short.losses
+    place = np.arange(ROWS) % (ROWS // STREAMS)
+    trained = place < STEPS * BATCH // STREAMS
+    for outcome in (whole, resumed):
+        directory = outcome.output.parent
+        gone, gone_in_validation = (
+            np.maximum(pq.read_table(directory / split).column("items").combine_chunks().value_lengths() - LAST, 0)
+            for split in ("train", "validation")
+        )
+        lines = [json.loads(line) for line in (outcome.output / "metrics.jsonl").read_text().splitlines()]
+        for name in ("item", "kind"):
+            assert sum(line[f"cut_ids/embedding.{name}.weight"] for line in lines) == gone[trained].sum()
+            assert sum(line[f"cut_lists/embedding.{name}.weight"] for line in lines) == (gone[trained] > 0).sum()
+        assert lines[-1]["validation_cut_ids"] == 2 * gone_in_validation.sum()
+        assert lines[-1]["validation_cut_lists"] == 2 * (gone_in_validation > 0).sum()
