@@ -22,14 +22,14 @@ from trainer.serve import HTTPError, Service
 NEGATIVES = ("others", "other_kinds")
 
 
-def exported(folder: Path, plain: dict[str, Any]) -> Path:
-    """A run of three steps with fast rates, trained and exported once."""
+def exported(folder: Path, plain: dict[str, Any], max_length: int = 0) -> Path:
+    """A run of five steps with fast rates, trained and exported once."""
     name = plain["model"]["kind"]
     if (folder / f"{name}-served").exists():
         return folder / f"{name}-served"
-    plain |= {"max_steps": 3, "dense_optimizer": {"kind": "adam", "lr": 0.03}, "output": str(folder / name)}
+    plain |= {"max_steps": 5, "dense_optimizer": {"kind": "adam", "lr": 0.03}, "output": str(folder / name)}
     for table in plain["tables"]:
-        table["optimizer"] = {"kind": "adagrad", "lr": 1.0}
+        table |= {"optimizer": {"kind": "adagrad", "lr": 1.0}, "max_length": max_length}
     for words in (
         ("train", write_toml(folder / f"{name}.toml", plain)),
         ("export", folder / name, folder / f"{name}-served"),
@@ -79,7 +79,7 @@ def asked(folder: Path) -> list[dict[str, Any]]:
 def test_histories_of_any_length_are_scored_as_predicted(histories: Path, kind: str) -> None:
     plain = test_sequences.described(histories, kind, kind)
     plain["model"] = plain["model"] | ({"attention": "softmax"} if kind == "din" else {})
-    path, rows = exported(histories, plain), asked(histories)
+    path, rows = exported(histories, plain, max_length=5 if kind == "bst" else 0), asked(histories)
     scorer = Scorer(load(path))
     found = scorer.score(scorer.read(rows))
     assert_as_predicted(found, histories / f"{kind}.parquet", {"click": "probability"})
@@ -114,7 +114,7 @@ def test_each_label_has_a_probability_of_its_own(tmp_path: Path) -> None:
     plain = test_multitask.described(tmp_path, "run", "uncertainty", 3)
     plain["model"] |= {"activation": "gelu"}
     plain["data"] |= {"test": []}
-    path = exported(tmp_path, plain)
+    path = exported(tmp_path, plain, max_length=1)
     rows = pq.read_table(tmp_path / "rows").select(["f0", "f1", "f2", "m0", "d0", "d1"]).to_pylist()
     with serving(path) as server:
         assert server.ask("/health")[1]["outputs"] == ["click", "buy"]

@@ -153,6 +153,9 @@ class Table:
     sequences: tuple[str, ...]
     """Those whose rows the model gets one by one."""
 
+    max_length: int
+    """Ids that a row keeps of each feature, the last ones; 0: all."""
+
     space: str
     rows: Rows
     """The cold row, then those of the space's ids."""
@@ -275,7 +278,7 @@ def _table(path: Path, table: Mapping[str, Any], *, mapped: bool = True) -> Tabl
     if str(cells.dtype) != _ARRAYS.get(table["stored"]):
         raise ServingError(f"{path / table['file']} is {cells.dtype}, expected {table['stored']}; export it again")
     scales = _array(path, table["scales"], mapped=mapped) if table["scales"] else None
-    described = {name: table[name] for name in ("name", "role", "dim", "pooling", "space")}
+    described = {name: table[name] for name in ("name", "role", "dim", "pooling", "max_length", "space")}
     features, sequences = (tuple(table[name]) for name in ("features", "sequences"))
     return Table(**described, features=features, sequences=sequences, rows=Rows(cells, scales))
 

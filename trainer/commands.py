@@ -208,10 +208,6 @@ def export(path: Location, out: Path, stored: Stored | None, *, since: Location 
     _refuse_ranks("export")
     log_to_terminal()
     quiet_libraries()
-    _, manifest = checkpoint.find(path, verified=False)
-    limited = next((table["name"] for table in manifest.config["tables"] if table.get("max_length")), None)
-    if limited is not None:
-        raise OutputError(f"{path} cannot be exported: table {limited!r} has max_length, and no server cuts lists")
     return export_model(path, out, stored, since=since, overwrite=overwrite)
 
 

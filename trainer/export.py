@@ -162,6 +162,7 @@ def _write_rows(folder: Path, model: SavedModel, number: int, rows: Rows) -> dic
         "pooling": table.pooling,
         "features": list(table.pooled),
         "sequences": list(table.sequences),
+        "max_length": table.max_length,
         "space": model.space_of(table),
         "stored": str(rows.cells.dtype),
         "file": file,
@@ -215,7 +216,7 @@ def _earlier(since: Location, stored: Stored | None) -> _Earlier:
 
 def _fits(model: SavedModel) -> dict[str, Any]:
     tables = [
-        {n: getattr(table, n) for n in ("role", "dim", "pooling")}
+        {n: getattr(table, n) for n in ("role", "dim", "pooling", "max_length")}
         | {"name": table.key, "features": list(table.pooled), "sequences": list(table.sequences)}
         | {"space": model.space_of(table)}
         for table in model.config.tables
@@ -226,7 +227,7 @@ def _fits(model: SavedModel) -> dict[str, Any]:
 
 def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal before and after changes."""
-    names = ("name", "role", "dim", "pooling", "features", "sequences", "space")
+    names = ("name", "role", "dim", "pooling", "features", "sequences", "max_length", "space")
     return {
         "outputs": manifest["outputs"],
         "dense columns": [rule["name"] for rule in manifest["dense"]],

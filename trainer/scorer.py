@@ -118,7 +118,7 @@ class Scorer:
 
     def longest_of(self, rows: Rows) -> Int64s:
         """Ids in the longest sequence of each row, int64 [rows]; zeros where the model reads none."""
-        lengths = [rows.lengths[number] for _, number in self._sequences]
+        lengths = [_last(rows, number, table.max_length)[1] for table, number in self._sequences]
         return np.maximum.reduce([np.zeros(rows.num_rows, dtype=np.int64), *lengths])
 
     def _check_lengths(self, lengths: Sequence[Int64s]) -> None:
@@ -192,15 +192,15 @@ class Scorer:
     def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The rows of each sequence followed by zeros, [B, S, L, D] with L at least 1, and their numbers, [B, S]."""
         longest = max(1, int(self.longest_of(rows).max()))
-        padded, begins = [], np.arange(rows.num_rows) * longest
+        padded, given, begins = [], [], np.arange(rows.num_rows) * longest
         for table, number in self._sequences:
-            ids, lengths = rows.ids[number], rows.lengths[number]
+            ids, lengths = _last(rows, number, table.max_length)
             places = np.repeat(begins - (lengths.cumsum() - lengths), lengths) + np.arange(len(ids))
             cells = np.zeros((rows.num_rows * longest, table.dim), dtype=np.float32)
             cells[places] = table.take(self.artifact.spaces[table.space].rows_of(ids))
             padded.append(cells.reshape(rows.num_rows, longest, table.dim))
-        lengths_BS = np.stack([rows.lengths[number] for _, number in self._sequences], axis=1)
-        return torch.from_numpy(np.stack(padded, axis=1)), torch.from_numpy(lengths_BS)
+            given.append(lengths)
+        return torch.from_numpy(np.stack(padded, axis=1)), torch.from_numpy(np.stack(given, axis=1))
 
     def _looked_up(self, rows: Rows, role: str) -> Tensor:
         """[B, F, D] of all tables of one role; [B, 0, 0] where there is none."""
@@ -209,20 +209,30 @@ class Scorer:
 
     def _pooled(self, table: Table, rows: Rows) -> Tensor:
         """Sums, or means, of the rows of each bag: [B, F, D]."""
-        numbers = [self._numbers[name] for name in table.features]
-        ids = np.concatenate([rows.ids[number] for number in numbers])
+        lists = [_last(rows, self._numbers[name], table.max_length) for name in table.features]
+        ids = np.concatenate([of_feature for of_feature, _ in lists])
         cells_nD = torch.from_numpy(table.take(self.artifact.spaces[table.space].rows_of(ids)))
-        lengths_FB = np.stack([rows.lengths[number] for number in numbers])
+        lengths_FB = np.stack([lengths for _, lengths in lists])
         if (lengths_FB == 1).all():
-            return cells_nD.view(len(numbers), rows.num_rows, -1).transpose(0, 1)
+            return cells_nD.view(len(lists), rows.num_rows, -1).transpose(0, 1)
         bounds = torch.zeros(lengths_FB.size + 1, dtype=torch.int64)
         bounds[1:] = torch.from_numpy(lengths_FB.cumsum())
         places = torch.arange(len(ids))
         sums = embedding_bag(places, cells_nD, bounds, mode="sum", include_last_offset=True)
-        sums_FBD = sums.view(len(numbers), rows.num_rows, -1)
+        sums_FBD = sums.view(len(lists), rows.num_rows, -1)
         if table.pooling == "mean":
             sums_FBD = sums_FBD / torch.from_numpy(lengths_FB).unsqueeze(2).clamp(min=1)
         return sums_FBD.transpose(0, 1)
+
+
+def _last(rows: Rows, number: int, most: int) -> tuple[Int64s, Int64s]:
+    """The ids of a feature, and how many each row has: of every row its last ``most``, or all if that is 0."""
+    ids, lengths = rows.ids[number], rows.lengths[number]
+    over = np.maximum(lengths - most, 0)
+    if not most or not over.any():
+        return ids, lengths
+    first = lengths.cumsum() - lengths + over
+    return ids[np.arange(len(ids)) >= np.repeat(first, lengths)], lengths - over
 
 
 def _spans(longest_B: Int64s) -> list[tuple[int, int]]:

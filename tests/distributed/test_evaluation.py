@@ -91,12 +91,3 @@ def test_every_row_is_scored_once_and_every_rank_has_the_same_metrics_and_plan(
         assert expected["m0"].equals(pq.read_table(trained / f"rows-{size}")["m0"])
         np.testing.assert_allclose(ours["probability"], expected["probability"], rtol=1e-6)
     assert not list(trained.glob(".*")), "something is left of the parts"
-
-
-def test_a_model_whose_lists_are_cut_is_not_exported_as_a_server_would_not_cut_them(
-    trained: Path, tmp_path: Path
-) -> None:
-    call("export", trained / "run", tmp_path / "served").complains_of(
-        "cannot be exported: table 'embedding' has max_length, and no server cuts lists$"
-    )
-    assert not (tmp_path / "served").exists()
