@@ -59,6 +59,26 @@ class Rows:
     """Which row of all input each is, counting those that are left out."""
 
     rejects: list[Reject]
+    reject_numbers: NDArray[np.int64]
+    """Which row of all input each of these would have been."""
+
+    @property
+    def end(self) -> int:
+        """One more than the highest number."""
+        return 1 + max(
+            (int(numbers[-1]) for numbers in (self.numbers, self.reject_numbers) if len(numbers)), default=-1
+        )
+
+    def between(self, first: int, end: int) -> Rows:
+        """Those whose numbers are at least ``first`` and below ``end``."""
+        low, high = np.searchsorted(self.numbers, [first, end]).tolist()
+        least, most = np.searchsorted(self.reject_numbers, [first, end]).tolist()
+        return Rows(
+            self.batch.slice(low, high - low),
+            self.numbers[low:high],
+            self.rejects[least:most],
+            self.reject_numbers[least:most],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +98,11 @@ class Source(Protocol):
         """String cells of the first rows, by column."""
         ...
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Any]:
-        """The file in pieces that can be read in any order; ``tell`` is told of bytes as they are done."""
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Any]:
+        """The file in pieces that can be read in any order; ``tell`` is told of bytes as they are done.
+
+        Pieces that end before row ``start`` of all input need only have the right number of rows.
+        """
         ...
 
     def num_rows(self, piece: Any) -> int:
@@ -110,7 +133,7 @@ class Delimited:
         """String cells of the first rows, by column."""
         return self._cells(_first(self._files, header=self._header)).columns
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Block]:
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Block]:
         """Blocks of lines."""
         return blocks_of(file, first_row, header=self._header, tell=tell)
 
@@ -137,7 +160,7 @@ class Libsvm:
         """String cells of the first rows, by column."""
         return libsvm_cells(_first(self._files, header=False), self._dense).columns
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Block]:
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Block]:
         """Blocks of lines."""
         return blocks_of(file, first_row, header=False, tell=tell)
 
@@ -155,9 +178,12 @@ class _Span:
     """Rows of a Parquet file."""
 
     table: pa.Table
+    """Empty where nobody will read it."""
+
     file: Path
     first_in_file: int
     row: int
+    num_rows: int
 
 
 class Parquet:
@@ -178,19 +204,26 @@ class Parquet:
             raise DataError(f"{self._files[0]}: there are no rows; check the file")
         return {name: _strings(batch.column(name)) for name in batch.schema.names}
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[_Span]:
-        """Batches of rows."""
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[_Span]:
+        """Batches of rows; row groups that end before ``start`` are not read."""
         opened, first = _opened(file), 0
+        groups = deque(range(opened.num_row_groups))
         size = file.stat().st_size / max(1, opened.metadata.num_rows)
-        batches = opened.iter_batches(_PARQUET_ROWS, use_threads=False)
-        while (batch := _next_of(batches, file)) is not None:
-            yield _Span(pa.Table.from_batches([batch]), file, first, first_row + first)
+        schema = opened.schema_arrow
+        while groups and first_row + first + opened.metadata.row_group(groups[0]).num_rows <= start:
+            rows = opened.metadata.row_group(groups.popleft()).num_rows
+            yield _Span(schema.empty_table(), file, first, first_row + first, rows)
+            tell(round(size * (first + rows)) - round(size * first))
+            first += rows
+        batches = opened.iter_batches(_PARQUET_ROWS, row_groups=list(groups), use_threads=False)
+        while groups and (batch := _next_of(batches, file)) is not None:
+            yield _Span(pa.Table.from_batches([batch]), file, first, first_row + first, batch.num_rows)
             tell(round(size * (first + batch.num_rows)) - round(size * first))
             first += batch.num_rows
 
     def num_rows(self, piece: _Span) -> int:
         """Rows of the batch."""
-        return piece.table.num_rows
+        return piece.num_rows
 
     def read(self, piece: _Span, plans: Sequence[ColumnPlan], reading: Reading) -> Rows:
         """The rows of a batch."""
@@ -244,7 +277,8 @@ def _converted(block: Block, cells: Cells, plans: Sequence[ColumnPlan], reading:
     numbers = block.row + cells.offsets.astype(np.int64)
     if not right.all():
         batch, numbers = batch.filter(pa.array(right)), numbers[right]
-    return Rows(batch, numbers, sorted(rejects, key=lambda reject: reject.line))
+    rejects.sort(key=lambda reject: reject.line)
+    return Rows(batch, numbers, rejects, np.array([block.row + each.line - block.line for each in rejects], np.int64))
 
 
 def _typed(column: pa.Array, plan: ColumnPlan, reading: Reading) -> tuple[pa.Array, NDArray[Any]]:
