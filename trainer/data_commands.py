@@ -54,15 +54,11 @@ def prepare(arguments: argparse.Namespace) -> str:
     """Prepare a data set of any kind; what was written, in words."""
     if arguments.kind in TABLE_KINDS:
         return _prepare_table(arguments)
-    from trainer import behaviors, census
+    from trainer import behaviors, census, frappe
     from trainer.prepare import describe
-    from trainer.prepare import prepare as prepare_public
 
-    if arguments.kind in ("beauty", "census"):
-        convert = {"beauty": behaviors.prepare, "census": census.prepare}[arguments.kind]
-        return describe(convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite))
-    report = prepare_public(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
-    return describe(report)
+    convert = {"beauty": behaviors.prepare, "census": census.prepare, "frappe": frappe.prepare}[arguments.kind]
+    return describe(convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite))
 
 
 def _prepare_table(arguments: argparse.Namespace) -> str:

@@ -39,6 +39,11 @@ AVAZU = (
 CRITEO = ("label", *(f"I{index}" for index in range(1, 14)), *(f"C{index}" for index in range(1, 27)))
 """The columns of the Criteo display-advertising challenge, whose files have no header."""
 
+FRAPPE = (
+    *("label", "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"),
+)
+"""The header of Frappe app usage as the BARS benchmark publishes it (Frappe_x1); its ids are global over the fields."""
+
 KNOWN = {
     "avazu": dict.fromkeys(AVAZU, "sparse:integer")
     | {name: "sparse:string" for name in AVAZU if name.endswith(("_id", "_domain", "_category", "_ip", "_model"))}
@@ -46,6 +51,7 @@ KNOWN = {
     "criteo": {"label": "label"}
     | dict.fromkeys(CRITEO[1:14], "dense:integer")
     | dict.fromkeys(CRITEO[14:], "sparse:hex"),
+    "frappe": dict.fromkeys(FRAPPE, "sparse:integer") | {"label": "label", "user": "user:integer"},
 }
 """What the columns of published data sets are."""
 

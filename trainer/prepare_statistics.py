@@ -173,7 +173,9 @@ class Statistics:
                 self._take_ids(name, column)
             elif name in self._numbers:
                 valid = column.is_valid().to_numpy()
-                values = column.drop_null().cast(pa.float64()).to_numpy()
+                values = (
+                    column.drop_null().cast(pa.float64(), safe=False).to_numpy()
+                )  # integers above 2**53 are rounded
                 finite = np.isfinite(values)  # training refuses the others, and says where they are
                 self._numbers[name].take(values[finite], numbers[valid][finite])
 

@@ -23,13 +23,13 @@ from trainer.prepare_columns import ColumnPlan, check_plans, infer
 from trainer.prepare_columns import describe as describe_plans
 from trainer.prepare_passes import Passes
 from trainer.prepare_pieces import Journal, resumable
-from trainer.prepare_sources import AVAZU, CRITEO, KNOWN, Delimited, Libsvm, Parquet, Reading, Source
+from trainer.prepare_sources import AVAZU, CRITEO, FRAPPE, KNOWN, Delimited, Libsvm, Parquet, Reading, Source
 from trainer.prepare_splits import check_fractions
 from trainer.prepare_statistics import STATISTICS
 from trainer.prepare_statistics import describe as describe_statistics
 from trainer.splits import PREPARED_RECORD, SKIPPED, SPLITS, write_record
 
-FORMATS = ("criteo", "avazu", "csv", "libsvm", "parquet")
+FORMATS = ("criteo", "avazu", "csv", "libsvm", "parquet", "frappe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +138,8 @@ def _write_records(
     if not statistics["train"]["rows"]:
         raise DataError(f"{files[0]}: no row is in train; check the files and the split")
     fractions = None if request.validation or request.test else request.fractions
-    splits = {split: _split_report(statistics[split]) for split in SPLITS}
+    label = next(plan.name for plan in plans if plan.kind == "label")
+    splits = {split: SplitReport.of(statistics[split], label) for split in SPLITS}
     report = PrepareReport(request.kind, tuple(map(str, files)), fractions, splits)
     how = {"split": request.split, "seed": request.seed, "vocabulary_min_count": request.vocabulary}
     kinds = {plan.name: f"{plan.kind}:{plan.form}" for plan in plans}
@@ -190,11 +191,6 @@ def _record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _split_report(statistics: dict[str, Any]) -> SplitReport:
-    rate = next(known["rate"] for known in statistics["columns"].values() if known["kind"] == "label")
-    return SplitReport(statistics["rows"], rate if statistics["rows"] else None)
-
-
 def _files(request: Request) -> list[list[Path]]:
     """The files of train, validation and test; all in train where rows are split."""
     found = [files_of(paths) for paths in (request.inputs, request.validation, request.test)]
@@ -210,6 +206,8 @@ def _source(request: Request, files: Sequence[Path]) -> Source:
         return Delimited(files, "\t", CRITEO, header=False)
     if request.kind == "avazu":
         return Delimited(files, ",", AVAZU, header=True)
+    if request.kind == "frappe":
+        return Delimited(files, ",", FRAPPE, header=True)
     if request.kind == "csv":
         return Delimited(files, request.delimiter, (), header=True)
     if request.kind == "libsvm":
