@@ -19,8 +19,8 @@ PREPARE = """
 The plan of the columns is printed before anything is written: a name, a kind and how cells are written, guessed from
 the first 10,000 rows. --column NAME=KIND overrides it; kinds: label, dense, sparse, sequence, user, timestamp, weight,
 drop; forms, such as sparse:string: integer, string, hex (sparse), number, integer (dense), seconds, datetime, hour
-(timestamp). OUT appears whole or not at all, with statistics.json of every split. gzip and zstd are known by their
-content. A row is a line.
+(timestamp). OUT appears whole or not at all, with statistics.json of every split; the same command goes on where a run
+was interrupted. gzip and zstd are known by their content. A row is a line.
 """
 
 

@@ -5,6 +5,7 @@ A source knows its files and its plan of columns, and nothing of splits or of wh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,9 +159,11 @@ class Delimited:
 class Libsvm:
     """Lines of ``label index:value ...``."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], dense: Sequence[str] = ()) -> None:
+        """``dense``: indices whose values are numbers, besides those that are in the sample."""
         self._files = files
-        self._dense = libsvm_dense(_first(files, header=False))
+        found = libsvm_dense(_first(files, header=False))
+        self._dense = [*found, *(index for index in dense if index not in found)]
 
     def sample(self) -> dict[str, pa.Array]:
         """String cells of the first rows, by column."""
@@ -202,13 +205,22 @@ class Parquet:
             if _opened(file).schema_arrow.names != first.names:
                 raise DataError(f"{file} has other columns than {files[0]}; prepare them one by one")
         self.lists = [name for name in first.names if _is_list(first.field(name).type)]
+        self.of_no_use = {name: str(first.field(name).type) for name in first.names if _is_of_no_use(first.field(name))}
+        """Columns that are neither numbers, times nor text, nor lists of integers or text, to their types."""
 
     def sample(self) -> dict[str, pa.Array]:
         """String cells of the first rows, by column; of lists, their ids with "|" between."""
         batch = next(_opened(self._files[0]).iter_batches(SAMPLE_ROWS), None)
         if batch is None:
             raise DataError(f"{self._files[0]}: there are no rows; check the file")
-        return {name: _strings(batch.column(name)) for name in batch.schema.names}
+        return {name: self._sampled(name, batch.column(name)) for name in batch.schema.names}
+
+    def _sampled(self, name: str, column: pa.Array) -> pa.Array:
+        """Cells to guess from; none where they are no text, for such a column may be dropped."""
+        if name not in self.of_no_use:
+            with contextlib.suppress(DataError):
+                return _strings(_as_text(column, name, self._files[0], 0))
+        return pa.nulls(len(column), pa.string())
 
     def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[_Span]:
         """Batches of rows; row groups that end before ``start`` are not read."""
@@ -233,7 +245,12 @@ class Parquet:
 
     def read(self, piece: _Span, plans: Sequence[ColumnPlan], reading: Reading) -> Rows:
         """The rows of a batch."""
-        columns = {plan.name: piece.table.column(plan.name).combine_chunks() for plan in plans}
+        columns = {
+            plan.name: _as_text(
+                piece.table.column(plan.name).combine_chunks(), plan.name, piece.file, piece.first_in_file
+            )
+            for plan in plans
+        }
         block = Block(piece.file, piece.first_in_file + 1, piece.row, b"")
         return _converted(block, Cells(columns, np.arange(piece.table.num_rows), []), plans, reading)
 
@@ -318,11 +335,39 @@ def _strings(column: pa.Array) -> pa.Array:
         column = column.cast(pa.int8())
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("s"), safe=False)
-    try:
-        text = column.cast(pa.string())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # structs, maps, binaries that are no text
-        return pa.nulls(len(column), pa.string())
+    text = column.cast(pa.string())
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _as_text(column: pa.Array, name: str, file: Path, first: int) -> pa.Array:
+    """The column, as text if it is bytes.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    if not _is_bytes(plain_type(column.type)):
+        return column
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{file}: column {name!r} has bytes that are not UTF-8 in rows {first + 1} to {first + len(column)}; mend "
+            f"them or pass --column {name}=drop"
+        ) from error
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_of_no_use(column: pa.Field) -> bool:
+    kind, types = plain_type(column.type), pa.types
+    if _is_list(column.type):
+        item = plain_type(kind.value_type)
+        return not (types.is_integer(item) or types.is_string(item))
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
+    is_time = types.is_timestamp(kind) or types.is_date(kind)
+    return not (is_number or is_time or types.is_string(kind) or types.is_null(kind) or _is_bytes(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

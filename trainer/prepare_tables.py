@@ -211,19 +211,27 @@ def _source(request: Request, files: Sequence[Path]) -> Source:
     if request.kind == "csv":
         return Delimited(files, request.delimiter, (), header=True)
     if request.kind == "libsvm":
-        return Libsvm(files)
+        return Libsvm(files, [name[1:] for name in request.columns if name[:1] == "d" and name[1:].isdecimal()])
     if request.kind == "parquet":
         return Parquet(files)
     raise DataError(f"unknown format {request.kind!r}; there are {', '.join(FORMATS)}")
 
 
 def _plans(request: Request, source: Source, sample: dict[str, pa.Array]) -> list[ColumnPlan]:
-    said = dict(KNOWN.get(request.kind, {}))
+    said, asked = dict(KNOWN.get(request.kind, {})), request.columns
     separator = request.separator
     if isinstance(source, Libsvm):
         said = dict.fromkeys(sample, "dense:number") | {"label": "label:sign", "features": "sequence"}
+        asked = {name: "dense:number" if kind == "dense" else kind for name, kind in asked.items()}
     if isinstance(source, Parquet):
         said |= dict.fromkeys(source.lists, "sequence")
-    plans = infer(sample, said | request.columns, separator)
+    plans = infer(sample, said | asked, separator)
     check_plans(plans)
+    for plan in plans:
+        kind = source.of_no_use.get(plan.name) if isinstance(source, Parquet) and plan.kind != "drop" else None
+        if kind:
+            raise DataError(
+                f"column {plan.name!r} is {kind}, which is neither a number, a time or text nor a list "
+                f"of integers or text; pass --column {plan.name}=drop"
+            )
     return plans
