@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,24 @@ def killed(request: Request, after: int | None, said: Path) -> None:
     said.write_text(f"{calls}\n" + "\n".join(lines))
 
 
-def in_a_process(*arguments: Any) -> int | None:
-    context = multiprocessing.get_context("forkserver")  # a fork of a process that has all modules, and no threads
-    context.set_forkserver_preload(["trainer.prepare_tables", __name__])
-    process = context.Process(target=killed, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
+def in_a_fork(request: Request, after: int | None, said: Path) -> int:
+    """Do that in a fork of this process; its exit code, negative where a signal ended it."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            killed(request, after, said)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[ProcessPoolExecutor]:
+    """A process to be forked: this one has threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -111,23 +123,27 @@ def requests(folder: Path) -> dict[str, Request]:
     }
 
 
-@pytest.mark.parametrize("case", ["files in order", "vocabulary and bad rows", "parquet by time"])
-def test_a_run_that_is_killed_anywhere_and_goes_on_leaves_the_bytes_of_one_that_is_not(
-    tmp_path: Path, case: str
-) -> None:
-    plain = requests(tmp_path)[case]
-    said = tmp_path / "said"
-    assert in_a_process(replace(plain, output=tmp_path / "whole"), None, said) == 0
-    calls, whole = int(said.read_text().splitlines()[0]), content(tmp_path / "whole")
+def kill_everywhere(plain: Request, folder: Path) -> None:
+    """In a process that has no threads, as it is to be forked."""
+    said = folder / "said"
+    assert in_a_fork(replace(plain, output=folder / "whole"), None, said) == 0
+    calls, whole = int(said.read_text().splitlines()[0]), content(folder / "whole")
     assert not any(name.startswith(".") for name in whole)
     went_on = 0
     for number in range(_KILLS):
-        request = replace(plain, output=tmp_path / f"killed-{number}", threads=1 + number % 2)
+        request = replace(plain, output=folder / f"killed-{number}", threads=1 + number % 2)
         after = 1 + number * (calls - 1) // (_KILLS - 1)
-        assert in_a_process(request, after, said) == -signal.SIGKILL
+        assert in_a_fork(request, after, said) == -signal.SIGKILL
         if (request.output / "prepared.json").exists():
             assert content(request.output).items() >= whole.items()
-        assert in_a_process(request, None, said) == 0
+        assert in_a_fork(request, None, said) == 0
         assert content(request.output) == whole
         went_on += "goes on" in said.read_text()
     assert went_on >= _KILLS // 2  # the others were killed before the first piece, or after the last move
+
+
+@pytest.mark.parametrize("case", ["files in order", "vocabulary and bad rows", "parquet by time"])
+def test_a_run_that_is_killed_anywhere_and_goes_on_leaves_the_bytes_of_one_that_is_not(
+    tmp_path: Path, driver: ProcessPoolExecutor, case: str
+) -> None:
+    driver.submit(kill_everywhere, requests(tmp_path)[case], tmp_path).result()
