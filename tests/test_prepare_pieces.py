@@ -71,6 +71,10 @@ def test_a_data_set_that_is_finished_is_not_made_again_unless_its_files_or_setti
     before, read = content(first.output), blocks_read(monkeypatch)
     again = prepare_table(first, said.append)
     assert (read, again, content(first.output)) == ([], prepared, before)
+    (first.output / STAGING / "train").mkdir(parents=True)  # as a kill in the last moment leaves it
+    assert prepare_table(first) == prepared
+    assert content(first.output) == before
+    assert not (first.output / STAGING).exists()
     assert said[-1].startswith(f"{first.output} is finished: it has these files' data by these settings; pass --over")
     with pytest.raises(DataError, match="already has data"):
         prepare_table(replace(first, seed=1))

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +135,15 @@ def resumable(
                 shutil.rmtree(staging, ignore_errors=True)  # there is nothing to go on with
             raise
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def sweep(directory: Path) -> None:
+    """Delete what is left of the staging folder of a run that was killed once all was in its place."""
+    staging = directory / STAGING
+    with suppress(DataError, ValueError), writing(directory), _alone(directory):
+        journal = staging / _JOURNAL
+        if not journal.exists() or json.loads(journal.read_text(encoding="utf-8"))["progress"]["stage"] == "moving":
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def packed(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from trainer.prepare import describe as describe_splits
 from trainer.prepare_columns import ColumnPlan, check_plans, infer
 from trainer.prepare_columns import describe as describe_plans
 from trainer.prepare_passes import Passes
-from trainer.prepare_pieces import Journal, resumable
+from trainer.prepare_pieces import Journal, resumable, sweep
 from trainer.prepare_sources import AVAZU, CRITEO, FRAPPE, KNOWN, Delimited, Libsvm, Parquet, Reading, Source
 from trainer.prepare_splits import check_fractions
 from trainer.prepare_statistics import STATISTICS
@@ -104,6 +104,7 @@ def prepare_table(request: Request, show: Callable[[str], object] = lambda text:
     output = request.output
     is_there = _record(output / PREPARED_RECORD).get("made_of") == made_of and any(output.glob("train/*.parquet"))
     if is_there and not request.overwrite:
+        sweep(output)
         show(f"{output} is finished: it has these files' data by these settings; pass --overwrite to make it anew")
         return _prepared(output)
     plans = [plan for plan in plans if plan.kind != "drop"]
