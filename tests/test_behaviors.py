@@ -73,6 +73,9 @@ def test_every_item_but_the_first_is_a_row_with_all_before_it_and_one_that_the_u
     assert {split: found.rows for split, found in report.splits.items()} == {"train": 140, "validation": 6, "test": 6}
     assert {found.click_rate for found in report.splits.values()} == {0.5}
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["kind"] == "beauty"
+    known = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert {split: found["rows"] for split, found in known.items()} == {"train": 140, "validation": 6, "test": 6}
+    assert {found["columns"]["label"]["rate"] for found in known.values()} == {0.5}
 
 
 def test_what_is_drawn_is_a_function_of_the_seed_and_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

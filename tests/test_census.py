@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,13 @@ def test_the_real_rows_are_all_there_split_by_their_number_and_those_of_validati
         "never_married": 0.4325,
     }
     assert "validation" in outcome.output
+    known = json.loads((tmp_path / "statistics.json").read_text())
+    rates = {
+        name: sum(known[split]["rows"] * known[split]["columns"][name]["rate"] for split in SPLITS) for name in LABELS
+    }
+    assert rates == pytest.approx(positive)
+    ages = [int(row["age"]) for row in expected["validation"]]
+    assert known["validation"]["columns"]["age"]["mean"] == pytest.approx(np.mean(ages))
 
 
 def test_no_feature_holds_the_answer_of_a_label(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,50 @@ def test_a_table_that_may_not_grow_far_fits_at_its_most_rows() -> None:
     assert "no table may grow" in render(plan(described(a={"ids": "hashed"}), of("cpu")))
 
 
-def test_tables_that_do_not_fit_are_told_with_bytes() -> None:
-    found = plan(described(a={"rows": 10_000_000_000}), of("a100_40"))
+def test_tables_that_do_not_fit_are_told_with_bytes_and_torchrec_says_nothing_besides(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet_libraries()
+    with caplog.at_level(logging.INFO):
+        found = plan(described(a={"rows": 10_000_000_000}), of("a100_40"))
+    assert not caplog.records
     assert not found["fits"]
-    assert "the tables need 1192.093 GiB with moments and each of 2 ranks offers 33.575 GiB" in found["reason"]
+    assert "the tables need 1192.093 GiB with moments and each of 2 ranks offers 33.566 GiB" in found["reason"]
     assert "does not fit: the tables need" in render(found)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "host_kernels", "message"),
+    [
+        (
+            {"kind": "adam"},
+            True,
+            r"^table 'a': optimizer.kind 'adam' does not exist in FBGEMM's CPU kernels; use 'adagrad'",
+        ),
+        (
+            {"kind": "sgd", "weight_decay": 0.1},
+            True,
+            r"^table 'a': optimizer.weight_decay is 0.1, but FBGEMM's sgd kernel",
+        ),
+        (
+            {"kind": "rowwise_adagrad", "weight_decay": 0.1},
+            False,
+            r"by another formula; use sharding.host_kernels = true$",
+        ),
+    ],
+)
+def test_what_training_on_a_cpu_refuses_its_plan_refuses_alike(
+    optimizer: dict[str, Any], host_kernels: bool, message: str
+) -> None:
+    config = described(a={"optimizer": optimizer})
+    config = dataclasses.replace(config, sharding=dataclasses.replace(config.sharding, host_kernels=host_kernels))
+    with pytest.raises(ConfigError, match=message):
+        plan(config, of("cpu"))
+    if optimizer["kind"] != "sgd":
+        assert plan(config, of("h100"))["fits"]
+    if optimizer["kind"] != "rowwise_adagrad":
+        assert plan(described(a={"optimizer": optimizer, "sharding": ["data_parallel"]}), of("cpu"))["fits"]
 
 
 def test_streams_that_the_ranks_cannot_share_are_a_note_and_too_few_rows_an_error() -> None:
@@ -180,6 +221,16 @@ def test_streams_that_the_ranks_cannot_share_are_a_note_and_too_few_rows_an_erro
 def test_every_known_machine_says_where_its_numbers_are_from() -> None:
     assert set(MACHINES) == {"a100_40", "a100_80", "h100", "h200", "b200", "cpu"}
     assert all(machine.source and machine.about for machine in MACHINES.values())
+    text = KNOWN.read_text(encoding="utf-8")
+    listed = {int(number) for number in re.findall(r"^# \[(\d+)\] ", text, re.M)}
+    known = re.split(r"^\[\w+\]$", text, flags=re.M)[1:]
+    cited = [{int(number) for number in re.findall(r"\[(\d+)\]", section.split("\nsource")[0])} for section in known]
+    assert listed == set.union(*cited) == set(range(1, len(listed) + 1))
+    for machine, section, numbers in zip(MACHINES.values(), known, cited, strict=True):
+        assert {int(number) for number in re.findall(r"\[(\d+)\]", machine.source)} == numbers
+        for line in section.splitlines():
+            if re.match(r"\w+_(gib|gb_per_second) = (?!0\.0)", line):
+                assert re.search(r"# .*(\[\d+\]|assumed|\w+\.py|torchrec)", line), line
 
 
 def test_own_machines_have_the_same_keys_and_one_need_not_be_named(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from xxhash import xxh3_64_intdigest
 from tests.command_line import call
 from tests.real_data import real_data
 from trainer import prepare_blocks as blocks
+from trainer import prepare_sources
 from trainer.errors import DataError
-from trainer.prepare import prepare as prepare_published
 from trainer.prepare_sources import AVAZU
 from trainer.prepare_tables import Request, prepare_table
 from trainer.splits import SPLITS
@@ -214,8 +214,30 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_named(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"log\.csv:22: column site is b'\\xfc', expected UTF-8"):
         prepare_table(request(tmp_path / "out", source))
     write(source, [*lines(5), '1,"a', 'b",1,1,1,u,1'])
-    with pytest.raises(DataError, match=r"log\.csv:2 to 8: a cell has a line break, or a quote without an end"):
+    with pytest.raises(
+        DataError, match=r"log\.csv:7: a quote without an end, or a line break in a cell; double quotes"
+    ):
         prepare_table(request(tmp_path / "out", source))
+
+
+def test_only_the_lines_with_an_open_quote_are_skipped(tmp_path: Path) -> None:
+    text = [
+        '1,"a ""b"", c",1,1,1,u,1',
+        '0,x 5" y,1,1,1,u,1',
+        *lines(300),
+        '1,"a',
+        *lines(2),
+        '0,"b"",1,1,1,u,1',
+        *lines(9),
+    ]
+    bad = [number for number, line in enumerate(text, start=2) if line in ('1,"a', '0,"b"",1,1,1,u,1')]
+    source = write(tmp_path / "log.csv", text)
+    prepare_table(request(tmp_path / "out", source, split="order", skip_bad=True, keep_strings=True))
+    noted = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(each["line"], each["reason"][:19]) for each in noted] == [(line, "a quote without an ") for line in bad]
+    found = [row["site"] for row in rows(tmp_path / "out")]
+    assert found[:2] == ['a "b", c', 'x 5" y']
+    assert len(found) == len(text) - 2
 
 
 def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
@@ -244,16 +266,13 @@ def test_wrong_requests_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
 
 
-def test_the_real_criteo_rows_are_those_of_the_published_format(tmp_path: Path) -> None:
-    source = real_data("criteo/first10k.tsv.gz")
-    prepare_published("criteo", [source], tmp_path / "published")
-    outcome = call("prepare", "criteo", source, tmp_path / "out")
+def test_the_command_writes_statistics_of_the_real_criteo_rows(tmp_path: Path) -> None:
+    outcome = call("prepare", "criteo", real_data("criteo/first10k.tsv.gz"), tmp_path / "out")
     assert outcome.code == 0, outcome.errors
-    assert rows(tmp_path / "out") == rows(tmp_path / "published")
     record = json.loads((tmp_path / "out" / "prepared.json").read_text())
-    assert record["splits"] == json.loads((tmp_path / "published" / "prepared.json").read_text())["splits"]
+    assert [split["rows"] for split in record["splits"].values()] == [8000, 1000, 1000]
     statistics = json.loads((tmp_path / "out" / "statistics.json").read_text())["train"]["columns"]
-    train = table(tmp_path / "published", "train")
+    train = table(tmp_path / "out", "train")
     for name, known in statistics.items():
         assert known["missing"] == train[name].null_count / 8000
         if known["kind"] == "sparse":
@@ -286,9 +305,49 @@ def test_libsvm_and_libffm_lines_become_lists_and_numbers(tmp_path: Path) -> Non
     write(tmp_path / "a.svm", [*text, "1 5=1"], "")
     with pytest.raises(DataError, match=r"a\.svm:5: column features is '5=1', expected index:value or"):
         prepare_table(request(tmp_path / "bad", tmp_path / "a.svm", kind="libsvm"))
-    (tmp_path / "a.svm").write_bytes(b"1 3:1\n0 \xff:1\n")
-    with pytest.raises(DataError, match=r"a\.svm:2: the line is not UTF-8; mend or remove it"):
+    (tmp_path / "a.svm").write_bytes(b"1 3:1\n0 \xff:1\n0 4:1\n")
+    with pytest.raises(
+        DataError, match=r"a\.svm:2: the line is not UTF-8; mend or remove the line, or pass --bad-rows"
+    ):
         prepare_table(request(tmp_path / "bad", tmp_path / "a.svm", kind="libsvm"))
+    prepare_table(request(tmp_path / "bad", tmp_path / "a.svm", kind="libsvm", split="order", skip_bad=True))
+    assert [row["features"] for row in rows(tmp_path / "bad")] == [[3], [4]]
+
+
+def test_an_index_that_has_numbers_behind_the_sample_alone_is_told_how_to_be_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_sources, "SAMPLE_ROWS", 2)
+    source = write(tmp_path / "a.svm", ["1 3:1", "0 7:1", "1 7:0.25"], "")
+    with pytest.raises(
+        DataError, match=r"a\.svm:3: column features is '7:0\.25', but .* index 7 .* pass --column d7=dense"
+    ):
+        prepare_table(request(tmp_path / "out", source, kind="libsvm"))
+    prepare_table(request(tmp_path / "out", source, kind="libsvm", split="order", columns={"d7": "dense"}))
+    assert [(row["features"], row["d7"]) for row in rows(tmp_path / "out")] == [([3], 0.0), ([], 1.0), ([], 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([[[1]], []]), r"column 'x' is list<.*>, which is neither a number, .*; pass --column x=drop"),
+        (pa.array([{"a": 1}, None]), r"column 'x' is struct<a: int64>, which is neither a number"),
+        (pa.array([[1.5], []]), r"column 'x' is list<.*double>, which is neither"),
+        (
+            pa.array([b"a", b"\xff"]),
+            r"x\.parquet: column 'x' has bytes that are not UTF-8 in rows 1 to 2; mend them or",
+        ),
+    ],
+)
+def test_a_parquet_column_that_is_no_feature_is_named_and_may_be_dropped(
+    tmp_path: Path, column: pa.Array, message: str
+) -> None:
+    source = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"label": [0, 1], "id": [5, 6], "x": column}), source)
+    with pytest.raises(DataError, match=message):
+        prepare_table(request(tmp_path / "out", source, kind="parquet"))
+    prepare_table(request(tmp_path / "out", source, kind="parquet", split="order", columns={"x": "drop"}))
+    assert rows(tmp_path / "out") == [{"label": 0, "id": 5}, {"label": 1, "id": 6}]
 
 
 def test_parquet_comes_out_as_the_text_of_the_same_rows_does(tmp_path: Path) -> None:

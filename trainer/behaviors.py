@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from trainer.errors import DataError
 from trainer.order import mix64
 from trainer.prepare import PrepareReport, SplitReport
+from trainer.prepare_statistics import STATISTICS, Statistics
 from trainer.splits import PREPARED_RECORD, SPLITS, SplitWriter, staged, write_record
 
 NEGATIVES = 1
@@ -43,6 +44,13 @@ SCHEMA = pa.schema(
     ]
 )
 """``other_items``: beside each item of the history one that the user never had; categories are those of the items."""
+
+KINDS = (
+    {"label": "label", "user": "user"}
+    | dict.fromkeys(("item", "category"), "sparse")
+    | dict.fromkeys(_LISTS, "sequence")
+)
+"""What the columns are, for statistics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +76,17 @@ def prepare(inputs: Sequence[Path], output: Path, *, seed: int = 0, overwrite: b
     """
     text, attributes = _input_files(inputs)
     behaviors = read(text, attributes)
-    rows, clicks = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    counts = {split: Statistics(KINDS) for split in SPLITS}
     with staged(output, overwrite=overwrite) as staging:
         with ExitStack() as stack:
             writers = {split: stack.enter_context(SplitWriter(staging / split, SCHEMA)) for split in SPLITS}
             for split, batch in _batches(behaviors, seed):
                 writers[split].write(batch)
-                rows[split] += batch.num_rows
-                clicks[split] += int(batch.column("label").to_numpy().sum())
-        splits = {name: SplitReport(rows[name], clicks[name] / rows[name] if rows[name] else None) for name in SPLITS}
+                counts[split].take(batch)
+        statistics = {split: each.to_plain() for split, each in counts.items()}
+        splits = {split: SplitReport.of(found, "label") for split, found in statistics.items()}
         report = PrepareReport("beauty", (str(text), str(attributes)), None, splits)
+        write_record(staging / STATISTICS, statistics)
         write_record(staging / PREPARED_RECORD, asdict(report))
     return report
 

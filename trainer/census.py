@@ -19,6 +19,7 @@ import pyarrow as pa
 from trainer.errors import DataError
 from trainer.order import mix64
 from trainer.prepare import PrepareReport, SplitReport
+from trainer.prepare_statistics import STATISTICS, Statistics
 from trainer.splits import PREPARED_RECORD, SPLITS, SplitWriter, staged, write_record
 
 NUMBERS = (
@@ -50,6 +51,14 @@ SCHEMA = pa.schema(
         ("weight", pa.float64()),
     ]
 )
+KINDS = (
+    dict.fromkeys(LABELS, "label")
+    | dict.fromkeys(NUMBERS, "dense")
+    | dict.fromkeys(CATEGORIES, "sparse")
+    | {"weight": "weight"}
+)
+"""What the columns are, for statistics."""
+
 SHARES = (0.7, 0.1, 0.2)
 _SPLIT_OF_TENTH = np.repeat(np.arange(len(SPLITS)), [round(10 * share) for share in SHARES])
 _INCOMES = {"- 50000.": 0, "50000+.": 1}
@@ -63,7 +72,7 @@ def prepare(inputs: Sequence[Path], output: Path, *, overwrite: bool = False) ->
         DataError: a file cannot be read or a line is malformed (named by file and number), or ``output`` has data
             already and not ``overwrite``, or cannot be written.
     """
-    rows, positive = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    counts = {split: Statistics(KINDS) for split in SPLITS}
     with staged(output, overwrite=overwrite) as staging:
         with ExitStack() as stack:
             writers = {split: stack.enter_context(SplitWriter(staging / split, SCHEMA)) for split in SPLITS}
@@ -73,15 +82,14 @@ def prepare(inputs: Sequence[Path], output: Path, *, overwrite: bool = False) ->
                 for number, split in enumerate(SPLITS):
                     part = batch.filter(pa.array(places == number))
                     writers[split].write(part)
-                    rows[split] += len(part)
-                    positive[split] += int(part.column(LABELS[0]).to_numpy().sum())
+                    counts[split].take(part)
                 first += len(batch)
         if not first:
             raise DataError(f"{inputs[0]}: there are no rows; check the file")
-        splits = {
-            split: SplitReport(rows[split], positive[split] / rows[split] if rows[split] else None) for split in SPLITS
-        }
+        statistics = {split: each.to_plain() for split, each in counts.items()}
+        splits = {split: SplitReport.of(found, LABELS[0]) for split, found in statistics.items()}
         report = PrepareReport("census", tuple(map(str, inputs)), SHARES, splits)
+        write_record(staging / STATISTICS, statistics)
         write_record(staging / PREPARED_RECORD, asdict(report))
     return report
 

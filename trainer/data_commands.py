@@ -19,8 +19,8 @@ PREPARE = """
 The plan of the columns is printed before anything is written: a name, a kind and how cells are written, guessed from
 the first 10,000 rows. --column NAME=KIND overrides it; kinds: label, dense, sparse, sequence, user, timestamp, weight,
 drop; forms, such as sparse:string: integer, string, hex (sparse), number, integer (dense), seconds, datetime, hour
-(timestamp). OUT appears whole or not at all, with statistics.json of every split. gzip and zstd are known by their
-content. A row is a line.
+(timestamp). OUT appears whole or not at all, with statistics.json of every split; the same command goes on where a run
+was interrupted. gzip and zstd are known by their content. A row is a line.
 """
 
 
@@ -54,15 +54,11 @@ def prepare(arguments: argparse.Namespace) -> str:
     """Prepare a data set of any kind; what was written, in words."""
     if arguments.kind in TABLE_KINDS:
         return _prepare_table(arguments)
-    from trainer import behaviors, census
+    from trainer import behaviors, census, frappe
     from trainer.prepare import describe
-    from trainer.prepare import prepare as prepare_public
 
-    if arguments.kind in ("beauty", "census"):
-        convert = {"beauty": behaviors.prepare, "census": census.prepare}[arguments.kind]
-        return describe(convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite))
-    report = prepare_public(arguments.kind, arguments.inputs, arguments.output, overwrite=arguments.overwrite)
-    return describe(report)
+    convert = {"beauty": behaviors.prepare, "census": census.prepare, "frappe": frappe.prepare}[arguments.kind]
+    return describe(convert(arguments.inputs, arguments.output, overwrite=arguments.overwrite))
 
 
 def _prepare_table(arguments: argparse.Namespace) -> str:

@@ -24,7 +24,8 @@ NAME = "lock"
 _WAIT_SECONDS = 5.0
 """A restart may come before the process that it replaces is quite gone."""
 
-_LACKS_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LACKS_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says that has none."""
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def _lock(descriptor: int, output: Path) -> None:
                 ) from error
             time.sleep(0.1)
         except OSError as error:
-            if error.errno not in _LACKS_LOCKS:
+            if error.errno not in LACKS_LOCKS:
                 raise _not_written(output, error) from error
             log.warning("output %s is on a file system without locks: see to it that no other run uses it", output)
             return

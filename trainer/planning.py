@@ -19,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.dataset import open_dataset
 from trainer.errors import ConfigError, ShardingError
 from trainer.machines import Machine
+from trainer.optim import check_sparse
 from trainer.schema import features_of, resolve_columns
 from trainer.sharder import DEVICE_SHARE, sharder_for
 from trainer.sharding import (
@@ -26,6 +27,7 @@ from trainer.sharding import (
     Placements,
     collections_to_plan,
     does_not_fit,
+    is_data_parallel,
     placements_of,
     planner_for,
     rank_bytes,
@@ -132,7 +134,8 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     """Everything that is known of the run's plan on those hosts, as plain data; ``fits`` says whether there is one.
 
     Raises:
-        ConfigError, DataError: the run description, or the data that its patterns of columns are about, are wrong.
+        ConfigError, DataError: the run description, or the data that its patterns of columns are about, are wrong, or
+            the kernels of such a device cannot do what it asks for.
     """
     config = with_features(config)
     if config.data.global_batch_size < cluster.size:
@@ -153,6 +156,9 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         planned = place(physical, config, cluster)
     except ShardingError as error:
         return found | {"fits": False, "reason": str(error)}
+    for table in physical:
+        replicated = is_data_parallel(planned.placements, table)
+        check_sparse(table, cluster.world.device, data_parallel=replicated, host_kernels=config.sharding.host_kernels)
     ranks = _ranks(planned, physical, cluster.size)
     return found | {
         "fits": True,

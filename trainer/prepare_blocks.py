@@ -161,20 +161,43 @@ def cells_of(block: Block, names: Sequence[str], delimiter: str) -> Cells:
     """The cells of delimited lines.
 
     Raises:
-        DataError: a quoted cell has no end, or a line break in it.
+        DataError: quotes are such that the lines cannot be told apart.
     """
+    lines = np.arange(block.num_lines)
+    found = _parsed(block.data, names, delimiter)
+    rejects: list[Reject] = []
+    if found is None:
+        texts = block.data.removesuffix(b"\n").split(b"\n")
+        is_open = np.array([text.count(b'"') % 2 == 1 and _is_open(text, names, delimiter) for text in texts])
+        rejects = [_of_line(block, offset, _UNQUOTED) for offset in np.flatnonzero(is_open).tolist()]
+        lines = lines[~is_open]
+        found = _parsed(b"".join(texts[offset] + b"\n" for offset in lines), names, delimiter)
+    if found is None:
+        raise DataError(f"{block.file}:{block.line} to {block.line + block.num_lines - 1}: {_UNQUOTED}")
+    table, wrong = found
+    rejects += [_of_line(block, int(lines[row.number - 1]), _count(row, delimiter)) for row in wrong]
+    offsets = np.delete(lines, [row.number - 1 for row in wrong])
+    return _as_text(block, {name: table.column(name).combine_chunks() for name in names}, offsets, rejects)
+
+
+_UNQUOTED = "a quote without an end, or a line break in a cell; double quotes inside cells and take line breaks out"
+
+
+def _parsed(data: bytes, names: Sequence[str], delimiter: str) -> tuple[pa.Table, list[csv.InvalidRow]] | None:
+    """The cells as bytes, and the lines that have another number of them; None if there is not a row for each line."""
     wrong: list[csv.InvalidRow] = []
 
     def refuse(row: csv.InvalidRow) -> str:
         wrong.append(row)
         return "skip"
 
-    num_lines = block.num_lines
+    if not data:
+        return pa.table({name: pa.array([], pa.binary()) for name in names}), []
     try:
         table = csv.read_csv(
-            pa.BufferReader(block.data),
+            pa.BufferReader(data),
             # One block and no threads: else rows have no numbers. Other blocks are read by other threads.
-            csv.ReadOptions(use_threads=False, block_size=len(block.data) + 1, column_names=list(names)),
+            csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=list(names)),
             csv.ParseOptions(
                 delimiter=delimiter, ignore_empty_lines=False, invalid_row_handler=refuse, newlines_in_values=False
             ),
@@ -182,24 +205,19 @@ def cells_of(block: Block, names: Sequence[str], delimiter: str) -> Cells:
                 column_types=dict.fromkeys(names, pa.binary()), null_values=[""], strings_can_be_null=True
             ),
         )
-    except pa.ArrowInvalid as error:
-        raise DataError(_unquoted(block, num_lines)) from error
-    if table.num_rows + len(wrong) != num_lines:
-        raise DataError(_unquoted(block, num_lines))
-    offsets = np.delete(np.arange(num_lines), [row.number - 1 for row in wrong])
-    rejects = [_of_line(block, row.number - 1, _count(row, delimiter)) for row in wrong]
-    return _as_text(block, {name: table.column(name).combine_chunks() for name in names}, offsets, rejects)
+    except pa.ArrowInvalid:
+        return None
+    num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    return (table, wrong) if table.num_rows + len(wrong) == num_lines else None
+
+
+def _is_open(line: bytes, names: Sequence[str], delimiter: str) -> bool:
+    """Whether a quote of the line has no end in it: then the next line is part of it."""
+    return _parsed(line + b"\n" + delimiter.encode() * (len(names) - 1) + b"\n", names, delimiter) is None
 
 
 def _count(row: csv.InvalidRow, delimiter: str) -> str:
     return f"{row.actual_columns} columns, expected {row.expected_columns} divided by {delimiter!r}"
-
-
-def _unquoted(block: Block, num_lines: int) -> str:
-    return (
-        f"{block.file}:{block.line} to {block.line + num_lines - 1}: a cell has a line break, or a quote without an "
-        "end; double the quotes inside cells and take line breaks out"
-    )
 
 
 def _of_line(block: Block, offset: int, reason: str) -> Reject:
@@ -232,16 +250,12 @@ def libsvm_cells(block: Block, dense: Sequence[str]) -> Cells:
     Columns: ``label``; each of ``dense``, the indices whose values are numbers, as ``d<index>``; and all other indices,
     whose value must be 1, as ``features``: a list that "|" divides, each ``index`` or ``field:index``. A comment behind
     "#" is left out.
-
-    Raises:
-        DataError: a line is not UTF-8.
     """
-    raw = pa.array(block.data.removesuffix(b"\n").split(b"\n"), pa.binary())
-    try:
-        lines = raw.cast(pa.string())
-    except pa.ArrowInvalid as error:
-        offset = next(n for n in range(len(raw)) if "\ufffd" in block.text(n))
-        raise DataError(f"{block.file}:{block.line + offset}: the line is not UTF-8; mend or remove it") from error
+    texts = block.data.removesuffix(b"\n").split(b"\n")
+    right = np.array([_is_text(text) for text in texts], dtype=bool)
+    rejects = [_of_line(block, offset, "the line is not UTF-8") for offset in np.flatnonzero(~right).tolist()]
+    lines = pa.array([text if is_right else b"" for text, is_right in zip(texts, right, strict=True)], pa.binary())
+    lines = lines.cast(pa.string())
     lines = pc.utf8_trim_whitespace(pc.replace_substring_regex(lines, "#.*$", ""))
     words = pc.utf8_split_whitespace(lines)
     rows = len(lines)
@@ -267,15 +281,31 @@ def libsvm_cells(block: Block, dense: Sequence[str]) -> Cells:
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
     joined = pc.binary_join(pa.ListArray.from_arrays(offsets, ids.filter(mine)), "|")
     columns["features"] = pc.if_else(pc.equal(joined, ""), pa.scalar(None, pa.string()), joined)
-    rejects, right = [], np.ones(rows, dtype=bool)
-    for row in np.unique(owners[bad]):
+    for row in np.unique(owners[bad]).tolist():
         word = pairs[int(np.flatnonzero(bad & (owners == row))[0])].as_py()
         right[row] = False
-        wanted = "index:value or field:index:value, with value 1 but for the dense indices of the sample"
-        place = (str(block.file), block.line + int(row))
-        rejects.append(Reject(*place, "features", f"{word[:100]!r}, expected {wanted}", block.text(int(row))))
+        place = (str(block.file), block.line + row)
+        rejects.append(Reject(*place, "features", _why_no_pair(word), block.text(row)))
     kept = {name: column.filter(pa.array(right)) for name, column in columns.items()}
     return Cells(kept, np.flatnonzero(right), rejects)
+
+
+def _why_no_pair(word: str) -> str:
+    index, _, value = word.rpartition(":")
+    if index.isdecimal() and _is_number_but_1(value):
+        return (
+            f"{word[:100]!r}, but in the lines that columns are guessed from index {index} had no value other than 1; "
+            f"pass --column d{index}=dense"
+        )
+    return f"{word[:100]!r}, expected index:value or field:index:1"
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def libsvm_dense(block: Block) -> list[str]:

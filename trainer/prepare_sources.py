@@ -5,6 +5,7 @@ A source knows its files and its plan of columns, and nothing of splits or of wh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,11 @@ AVAZU = (
 CRITEO = ("label", *(f"I{index}" for index in range(1, 14)), *(f"C{index}" for index in range(1, 27)))
 """The columns of the Criteo display-advertising challenge, whose files have no header."""
 
+FRAPPE = (
+    *("label", "user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"),
+)
+"""The header of Frappe app usage as the BARS benchmark publishes it (Frappe_x1); its ids are global over the fields."""
+
 KNOWN = {
     "avazu": dict.fromkeys(AVAZU, "sparse:integer")
     | {name: "sparse:string" for name in AVAZU if name.endswith(("_id", "_domain", "_category", "_ip", "_model"))}
@@ -46,6 +52,7 @@ KNOWN = {
     "criteo": {"label": "label"}
     | dict.fromkeys(CRITEO[1:14], "dense:integer")
     | dict.fromkeys(CRITEO[14:], "sparse:hex"),
+    "frappe": dict.fromkeys(FRAPPE, "sparse:integer") | {"label": "label", "user": "user:integer"},
 }
 """What the columns of published data sets are."""
 
@@ -59,6 +66,26 @@ class Rows:
     """Which row of all input each is, counting those that are left out."""
 
     rejects: list[Reject]
+    reject_numbers: NDArray[np.int64]
+    """Which row of all input each of these would have been."""
+
+    @property
+    def end(self) -> int:
+        """One more than the highest number."""
+        return 1 + max(
+            (int(numbers[-1]) for numbers in (self.numbers, self.reject_numbers) if len(numbers)), default=-1
+        )
+
+    def between(self, first: int, end: int) -> Rows:
+        """Those whose numbers are at least ``first`` and below ``end``."""
+        low, high = np.searchsorted(self.numbers, [first, end]).tolist()
+        least, most = np.searchsorted(self.reject_numbers, [first, end]).tolist()
+        return Rows(
+            self.batch.slice(low, high - low),
+            self.numbers[low:high],
+            self.rejects[least:most],
+            self.reject_numbers[least:most],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +105,11 @@ class Source(Protocol):
         """String cells of the first rows, by column."""
         ...
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Any]:
-        """The file in pieces that can be read in any order; ``tell`` is told of bytes as they are done."""
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Any]:
+        """The file in pieces that can be read in any order; ``tell`` is told of bytes as they are done.
+
+        Pieces that end before row ``start`` of all input need only have the right number of rows.
+        """
         ...
 
     def num_rows(self, piece: Any) -> int:
@@ -110,7 +140,7 @@ class Delimited:
         """String cells of the first rows, by column."""
         return self._cells(_first(self._files, header=self._header)).columns
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Block]:
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Block]:
         """Blocks of lines."""
         return blocks_of(file, first_row, header=self._header, tell=tell)
 
@@ -129,15 +159,17 @@ class Delimited:
 class Libsvm:
     """Lines of ``label index:value ...``."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], dense: Sequence[str] = ()) -> None:
+        """``dense``: indices whose values are numbers, besides those that are in the sample."""
         self._files = files
-        self._dense = libsvm_dense(_first(files, header=False))
+        found = libsvm_dense(_first(files, header=False))
+        self._dense = [*found, *(index for index in dense if index not in found)]
 
     def sample(self) -> dict[str, pa.Array]:
         """String cells of the first rows, by column."""
         return libsvm_cells(_first(self._files, header=False), self._dense).columns
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[Block]:
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[Block]:
         """Blocks of lines."""
         return blocks_of(file, first_row, header=False, tell=tell)
 
@@ -155,9 +187,12 @@ class _Span:
     """Rows of a Parquet file."""
 
     table: pa.Table
+    """Empty where nobody will read it."""
+
     file: Path
     first_in_file: int
     row: int
+    num_rows: int
 
 
 class Parquet:
@@ -170,31 +205,52 @@ class Parquet:
             if _opened(file).schema_arrow.names != first.names:
                 raise DataError(f"{file} has other columns than {files[0]}; prepare them one by one")
         self.lists = [name for name in first.names if _is_list(first.field(name).type)]
+        self.of_no_use = {name: str(first.field(name).type) for name in first.names if _is_of_no_use(first.field(name))}
+        """Columns that are neither numbers, times nor text, nor lists of integers or text, to their types."""
 
     def sample(self) -> dict[str, pa.Array]:
         """String cells of the first rows, by column; of lists, their ids with "|" between."""
         batch = next(_opened(self._files[0]).iter_batches(SAMPLE_ROWS), None)
         if batch is None:
             raise DataError(f"{self._files[0]}: there are no rows; check the file")
-        return {name: _strings(batch.column(name)) for name in batch.schema.names}
+        return {name: self._sampled(name, batch.column(name)) for name in batch.schema.names}
 
-    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object]) -> Iterator[_Span]:
-        """Batches of rows."""
+    def _sampled(self, name: str, column: pa.Array) -> pa.Array:
+        """Cells to guess from; none where they are no text, for such a column may be dropped."""
+        if name not in self.of_no_use:
+            with contextlib.suppress(DataError):
+                return _strings(_as_text(column, name, self._files[0], 0))
+        return pa.nulls(len(column), pa.string())
+
+    def pieces(self, file: Path, first_row: int, tell: Callable[[int], object], start: int) -> Iterator[_Span]:
+        """Batches of rows; row groups that end before ``start`` are not read."""
         opened, first = _opened(file), 0
+        groups = deque(range(opened.num_row_groups))
         size = file.stat().st_size / max(1, opened.metadata.num_rows)
-        batches = opened.iter_batches(_PARQUET_ROWS, use_threads=False)
-        while (batch := _next_of(batches, file)) is not None:
-            yield _Span(pa.Table.from_batches([batch]), file, first, first_row + first)
+        schema = opened.schema_arrow
+        while groups and first_row + first + opened.metadata.row_group(groups[0]).num_rows <= start:
+            rows = opened.metadata.row_group(groups.popleft()).num_rows
+            yield _Span(schema.empty_table(), file, first, first_row + first, rows)
+            tell(round(size * (first + rows)) - round(size * first))
+            first += rows
+        batches = opened.iter_batches(_PARQUET_ROWS, row_groups=list(groups), use_threads=False)
+        while groups and (batch := _next_of(batches, file)) is not None:
+            yield _Span(pa.Table.from_batches([batch]), file, first, first_row + first, batch.num_rows)
             tell(round(size * (first + batch.num_rows)) - round(size * first))
             first += batch.num_rows
 
     def num_rows(self, piece: _Span) -> int:
         """Rows of the batch."""
-        return piece.table.num_rows
+        return piece.num_rows
 
     def read(self, piece: _Span, plans: Sequence[ColumnPlan], reading: Reading) -> Rows:
         """The rows of a batch."""
-        columns = {plan.name: piece.table.column(plan.name).combine_chunks() for plan in plans}
+        columns = {
+            plan.name: _as_text(
+                piece.table.column(plan.name).combine_chunks(), plan.name, piece.file, piece.first_in_file
+            )
+            for plan in plans
+        }
         block = Block(piece.file, piece.first_in_file + 1, piece.row, b"")
         return _converted(block, Cells(columns, np.arange(piece.table.num_rows), []), plans, reading)
 
@@ -244,7 +300,8 @@ def _converted(block: Block, cells: Cells, plans: Sequence[ColumnPlan], reading:
     numbers = block.row + cells.offsets.astype(np.int64)
     if not right.all():
         batch, numbers = batch.filter(pa.array(right)), numbers[right]
-    return Rows(batch, numbers, sorted(rejects, key=lambda reject: reject.line))
+    rejects.sort(key=lambda reject: reject.line)
+    return Rows(batch, numbers, rejects, np.array([block.row + each.line - block.line for each in rejects], np.int64))
 
 
 def _typed(column: pa.Array, plan: ColumnPlan, reading: Reading) -> tuple[pa.Array, NDArray[Any]]:
@@ -278,11 +335,39 @@ def _strings(column: pa.Array) -> pa.Array:
         column = column.cast(pa.int8())
     if pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("s"), safe=False)
-    try:
-        text = column.cast(pa.string())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # structs, maps, binaries that are no text
-        return pa.nulls(len(column), pa.string())
+    text = column.cast(pa.string())
     return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+
+
+def _as_text(column: pa.Array, name: str, file: Path, first: int) -> pa.Array:
+    """The column, as text if it is bytes.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
+    if not _is_bytes(plain_type(column.type)):
+        return column
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{file}: column {name!r} has bytes that are not UTF-8 in rows {first + 1} to {first + len(column)}; mend "
+            f"them or pass --column {name}=drop"
+        ) from error
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_of_no_use(column: pa.Field) -> bool:
+    kind, types = plain_type(column.type), pa.types
+    if _is_list(column.type):
+        item = plain_type(kind.value_type)
+        return not (types.is_integer(item) or types.is_string(item))
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
+    is_time = types.is_timestamp(kind) or types.is_date(kind)
+    return not (is_number or is_time or types.is_string(kind) or types.is_null(kind) or _is_bytes(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

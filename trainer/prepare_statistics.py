@@ -25,6 +25,7 @@ KEPT = 1 << 16
 """Ids and rows that a column's sketch and sample keep: up to here all is exact."""
 
 
+Arrays = dict[str, NDArray[Any]]
 _CHUNK_ROWS = 1 << 14
 
 
@@ -64,6 +65,14 @@ class DistinctIds:
         """The standard error as part of the count; 0 where it is exact."""
         return 0.0 if self._is_exact else 1 / math.sqrt(self._kept - 2)
 
+    def state(self) -> Arrays:
+        """All that it knows."""
+        return {"smallest": self._smallest, "is_exact": np.array(self._is_exact)}
+
+    def restore(self, state: Arrays) -> None:
+        """Know what the one knew that this is the state of."""
+        self._smallest, self._is_exact = state["smallest"], bool(state["is_exact"])
+
 
 class Numbers:
     """Mean, deviation, extremes and quantiles of a stream of numbers."""
@@ -91,6 +100,17 @@ class Numbers:
         sample = np.concatenate([self._sample, numbers])
         smallest = np.argsort(keys)[: self._kept]
         self._keys, self._sample = keys[smallest], sample[smallest]
+
+    def state(self) -> Arrays:
+        """All that it knows."""
+        moments = np.array([self._mean, self._squares, self._low, self._high])
+        return {"count": np.array(self._count), "moments": moments, "keys": self._keys, "sample": self._sample}
+
+    def restore(self, state: Arrays) -> None:
+        """Know what the one knew that this is the state of."""
+        self._count = int(state["count"])
+        self._mean, self._squares, self._low, self._high = state["moments"].tolist()
+        self._keys, self._sample = state["keys"], state["sample"]
 
     def to_plain(self) -> dict[str, Any]:
         """Plain numbers; empty where there were none."""
@@ -153,7 +173,9 @@ class Statistics:
                 self._take_ids(name, column)
             elif name in self._numbers:
                 valid = column.is_valid().to_numpy()
-                values = column.drop_null().cast(pa.float64()).to_numpy()
+                values = (
+                    column.drop_null().cast(pa.float64(), safe=False).to_numpy()
+                )  # integers above 2**53 are rounded
                 finite = np.isfinite(values)  # training refuses the others, and says where they are
                 self._numbers[name].take(values[finite], numbers[valid][finite])
 
@@ -167,6 +189,41 @@ class Statistics:
             lengths = ids.lengths(0, ids.num_rows)
             total, longest = self._lengths[name]
             self._lengths[name] = (total + int(lengths.sum()), max(longest, int(lengths.max(initial=0))))
+
+    @property
+    def _parts(self) -> list[DistinctIds | Numbers]:
+        return [*self._ids.values(), *self._numbers.values()]
+
+    def state(self) -> Arrays:
+        """All that is known, the rows that wait for a whole chunk among it."""
+        self._count(whole=False)
+        found: Arrays = {"rows": np.array(self._rows), "missing": np.array([*self._missing.values()])}
+        found["labels"] = np.array([*self._labels.values()])
+        found["lengths"] = np.array([*self._lengths.values()])
+        seen = [
+            [int(self._lowest[name]), int(self._highest[name])] if self._ids[name].count else [0, 0]
+            for name in self._ids
+        ]
+        found["extremes"] = np.array(seen, np.int64)
+        for number, part in enumerate(self._parts):
+            found |= {f"{number}.{key}": array for key, array in part.state().items()}
+        return found
+
+    def restore(self, state: Arrays) -> None:
+        """Know what the one of the same columns knew that this is the state of."""
+        self._rows = int(state["rows"])
+        self._missing = dict(zip(self._missing, state["missing"].tolist(), strict=True))
+        self._labels = dict(zip(self._labels, state["labels"].tolist(), strict=True))
+        self._lengths = {
+            name: (total, longest)
+            for name, (total, longest) in zip(self._lengths, state["lengths"].tolist(), strict=True)
+        }
+        for number, part in enumerate(self._parts):
+            before = f"{number}."
+            part.restore({key.removeprefix(before): array for key, array in state.items() if key.startswith(before)})
+        for (name, ids), (low, high) in zip(self._ids.items(), state["extremes"].tolist(), strict=True):
+            if ids.count:
+                self._lowest[name], self._highest[name] = low, high
 
     def to_plain(self) -> dict[str, Any]:
         """Rows and columns as JSON has them."""

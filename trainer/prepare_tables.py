@@ -2,51 +2,34 @@
 
 Input: text, libsvm or Parquet. Output: ``OUT/{train,validation,test}/part-*.parquet``, ``OUT/statistics.json``,
 ``OUT/prepared.json``, and where they were asked for ``OUT/vocabulary/*.parquet`` and ``OUT/skipped.jsonl``; all of it
-or nothing. Memory is bounded by some blocks of text and a row group, and by the vocabulary where one is made.
+or nothing, and what was done of it is not done again (prepare_pieces.py). Memory is bounded by some blocks of text and
+a row group, and by the vocabulary where one is made.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from trainer.errors import DataError
 from trainer.prepare import PrepareReport, SplitReport, files_of
 from trainer.prepare import describe as describe_splits
 from trainer.prepare_columns import ColumnPlan, check_plans, infer
 from trainer.prepare_columns import describe as describe_plans
-from trainer.prepare_sources import (
-    AVAZU,
-    CRITEO,
-    KNOWN,
-    Delimited,
-    Libsvm,
-    Parquet,
-    Reading,
-    Rows,
-    Source,
-    ordered,
-)
-from trainer.prepare_splits import ByFile, ByOrder, ByTime, Chance, Splitter, check_fractions, time_bounds
-from trainer.prepare_statistics import STATISTICS, Statistics
+from trainer.prepare_passes import Passes
+from trainer.prepare_pieces import Journal, resumable, sweep
+from trainer.prepare_sources import AVAZU, CRITEO, FRAPPE, KNOWN, Delimited, Libsvm, Parquet, Reading, Source
+from trainer.prepare_splits import check_fractions
+from trainer.prepare_statistics import STATISTICS
 from trainer.prepare_statistics import describe as describe_statistics
-from trainer.prepare_vocabulary import Vocabulary
-from trainer.splits import PREPARED_RECORD, SKIPPED, SPLITS, VOCABULARY, SplitWriter, staged, write_record
+from trainer.splits import PREPARED_RECORD, SKIPPED, SPLITS, write_record
 
-FORMATS = ("criteo", "avazu", "csv", "libsvm", "parquet")
-_TYPED = ".typed"
+FORMATS = ("criteo", "avazu", "csv", "libsvm", "parquet", "frappe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,31 +100,96 @@ def prepare_table(request: Request, show: Callable[[str], object] = lambda text:
     plans = _plans(request, source, sample)
     keep = request.keep_strings or request.vocabulary is not None
     show(describe_plans(plans, sample, keep_strings=keep))
-    reading = Reading(request.separator, keep)
+    made_of = _made_of(request, plans, fractions, files)
+    output = request.output
+    is_there = _record(output / PREPARED_RECORD).get("made_of") == made_of and any(output.glob("train/*.parquet"))
+    if is_there and not request.overwrite:
+        sweep(output)
+        show(f"{output} is finished: it has these files' data by these settings; pass --overwrite to make it anew")
+        return _prepared(output)
     plans = [plan for plan in plans if plan.kind != "drop"]
-    job = _Job(request, source, plans, reading, files)
-    with staged(request.output, overwrite=request.overwrite) as staging:
-        splitter = job.splitter(fractions)
-        statistics = job.write(splitter, staging)
-        if not statistics["train"]["rows"]:
-            raise DataError(f"{files[0][0]}: no row is in train; check the files and the split")
-        report = PrepareReport(
-            request.kind,
-            tuple(str(file) for paths in files for file in paths),
-            None if isinstance(splitter, ByFile) else fractions,
-            {split: _split_report(statistics[split]) for split in SPLITS},
-        )
-        how = {"split": request.split, "seed": request.seed, "vocabulary_min_count": request.vocabulary}
-        kinds = {plan.name: f"{plan.kind}:{plan.form}" for plan in plans}
-        write_record(staging / STATISTICS, statistics)
-        record = asdict(report) | how | {"columns": kinds, "skipped": job.skipped}
-        write_record(staging / PREPARED_RECORD, record)
-    return Prepared(report, statistics, job.skipped, request.output)
+    with resumable(output, made_of, overwrite=request.overwrite, show=show) as journal:
+        if journal.progress.stage in ("rows", "numbers"):
+            statistics = Passes(
+                source=source,
+                plans=plans,
+                reading=Reading(request.separator, keep),
+                files=files,
+                journal=journal,
+                split=request.split,
+                fractions=fractions,
+                seed=request.seed,
+                vocabulary=request.vocabulary,
+                skip_bad=request.skip_bad,
+                threads=request.threads,
+            ).write()
+            _write_records(request, plans, [file for paths in files for file in paths], statistics, made_of, journal)
+    return _prepared(output)
 
 
-def _split_report(statistics: dict[str, Any]) -> SplitReport:
-    rate = next(known["rate"] for known in statistics["columns"].values() if known["kind"] == "label")
-    return SplitReport(statistics["rows"], rate if statistics["rows"] else None)
+def _write_records(
+    request: Request,
+    plans: Sequence[ColumnPlan],
+    files: Sequence[Path],
+    statistics: dict[str, Any],
+    made_of: dict[str, Any],
+    journal: Journal,
+) -> None:
+    """Write what is known of the data set; then it is whole."""
+    if not statistics["train"]["rows"]:
+        raise DataError(f"{files[0]}: no row is in train; check the files and the split")
+    fractions = None if request.validation or request.test else request.fractions
+    label = next(plan.name for plan in plans if plan.kind == "label")
+    splits = {split: SplitReport.of(statistics[split], label) for split in SPLITS}
+    report = PrepareReport(request.kind, tuple(map(str, files)), fractions, splits)
+    how = {"split": request.split, "seed": request.seed, "vocabulary_min_count": request.vocabulary}
+    kinds = {plan.name: f"{plan.kind}:{plan.form}" for plan in plans}
+    skipped = journal.progress.skipped
+    record = asdict(report) | how | {"columns": kinds, "skipped": skipped, "made_of": made_of}
+    write_record(journal.staging / STATISTICS, statistics)
+    write_record(journal.staging / PREPARED_RECORD, record)
+    journal.note(replace(journal.progress, stage="whole"))
+
+
+def _made_of(
+    request: Request, plans: Sequence[ColumnPlan], fractions: tuple[float, ...], files: Sequence[Sequence[Path]]
+) -> dict[str, Any]:
+    """All that the data set is a function of, as JSON has it."""
+    settings = {
+        "kind": request.kind,
+        "columns": {plan.name: f"{plan.kind}:{plan.form}" for plan in plans},
+        "delimiter": request.delimiter,
+        "separator": request.separator,
+        "strings": "keep" if request.keep_strings else "hash",
+        "vocabulary": request.vocabulary,
+        "split": "file" if request.validation or request.test else request.split,
+        "fractions": list(fractions),
+        "seed": request.seed,
+    }
+    found = []
+    for split, paths in zip(SPLITS, files, strict=True):
+        for path in paths:
+            stat = path.stat()
+            known = {"split": split, "path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            found.append(known)
+    return {"settings": settings, "files": found}
+
+
+def _prepared(output: Path) -> Prepared:
+    """What its records say of a data set."""
+    record, statistics = _record(output / PREPARED_RECORD), _record(output / STATISTICS)
+    splits = {split: SplitReport(**found) for split, found in record["splits"].items()}
+    fractions = tuple(record["fractions"]) if record["fractions"] else None
+    report = PrepareReport(record["kind"], tuple(record["inputs"]), fractions, splits)
+    return Prepared(report, statistics, record["skipped"], output)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def _files(request: Request) -> list[list[Path]]:
@@ -159,142 +207,32 @@ def _source(request: Request, files: Sequence[Path]) -> Source:
         return Delimited(files, "\t", CRITEO, header=False)
     if request.kind == "avazu":
         return Delimited(files, ",", AVAZU, header=True)
+    if request.kind == "frappe":
+        return Delimited(files, ",", FRAPPE, header=True)
     if request.kind == "csv":
         return Delimited(files, request.delimiter, (), header=True)
     if request.kind == "libsvm":
-        return Libsvm(files)
+        return Libsvm(files, [name[1:] for name in request.columns if name[:1] == "d" and name[1:].isdecimal()])
     if request.kind == "parquet":
         return Parquet(files)
     raise DataError(f"unknown format {request.kind!r}; there are {', '.join(FORMATS)}")
 
 
 def _plans(request: Request, source: Source, sample: dict[str, pa.Array]) -> list[ColumnPlan]:
-    said = dict(KNOWN.get(request.kind, {}))
+    said, asked = dict(KNOWN.get(request.kind, {})), request.columns
     separator = request.separator
     if isinstance(source, Libsvm):
         said = dict.fromkeys(sample, "dense:number") | {"label": "label:sign", "features": "sequence"}
+        asked = {name: "dense:number" if kind == "dense" else kind for name, kind in asked.items()}
     if isinstance(source, Parquet):
         said |= dict.fromkeys(source.lists, "sequence")
-    plans = infer(sample, said | request.columns, separator)
+    plans = infer(sample, said | asked, separator)
     check_plans(plans)
+    for plan in plans:
+        kind = source.of_no_use.get(plan.name) if isinstance(source, Parquet) and plan.kind != "drop" else None
+        if kind:
+            raise DataError(
+                f"column {plan.name!r} is {kind}, which is neither a number, a time or text nor a list "
+                f"of integers or text; pass --column {plan.name}=drop"
+            )
     return plans
-
-
-class _Job:
-    """The passes over the input."""
-
-    def __init__(
-        self,
-        request: Request,
-        source: Source,
-        plans: Sequence[ColumnPlan],
-        reading: Reading,
-        files: Sequence[Sequence[Path]],
-    ) -> None:
-        self._request, self._source, self._plans, self._reading, self._files = request, source, plans, reading, files
-        self._threads = request.threads or len(os.sched_getaffinity(0))
-        self._types = {plan.name: plan.type(keep_strings=reading.keep_strings) for plan in plans}
-        self.skipped = 0
-
-    def splitter(self, fractions: Sequence[float]) -> Splitter:
-        """What says to which split a row belongs; reads the input once where that depends on all of it."""
-        request = self._request
-        if request.validation or request.test:
-            return ByFile()
-        if request.split == "chance":
-            return Chance(fractions, request.seed)
-        if request.split == "order":
-            with self._bar("counting") as bar:
-                total = sum(self._source.num_rows(piece) for _, piece in self._pieces(bar))
-            return ByOrder(fractions, total)
-        column = next((plan for plan in self._plans if plan.kind == "timestamp"), None)
-        if column is None:
-            raise DataError("--split time needs a column of kind timestamp; say which with --column NAME=timestamp")
-        with self._bar("reading times") as bar:
-            return ByTime(column.name, time_bounds(self._times(column, bar), fractions))
-
-    def write(self, splitter: Splitter, staging: Path) -> dict[str, Any]:
-        """Write the splits; what is known of each, as plain data."""
-        vocabulary = self._vocabulary()
-        folder = staging / _TYPED if vocabulary else staging
-        for split in SPLITS:
-            (folder / split).mkdir(parents=True, exist_ok=True)
-        counts = None if vocabulary else self._statistics()
-        schema = pa.schema(list(self._types.items()))
-        with ExitStack() as stack:
-            bar = stack.enter_context(self._bar("prepare"))
-            writers = [stack.enter_context(SplitWriter(folder / split, schema)) for split in SPLITS]
-            skipped = stack.enter_context((staging / SKIPPED).open("w", encoding="utf-8"))
-            for number, rows in self._rows(self._plans, bar):
-                self._refuse(rows, skipped)
-                codes = splitter.codes(rows.batch, rows.numbers, number)
-                for code, writer in enumerate(writers):
-                    piece = rows.batch if (codes == code).all() else rows.batch.filter(pa.array(codes == code))
-                    if not piece.num_rows:
-                        continue
-                    writer.write(piece)
-                    if counts:
-                        counts[code].take(piece)
-                    if vocabulary and code == 0:
-                        vocabulary.take(piece)
-        if not self.skipped:
-            (staging / SKIPPED).unlink()
-        if vocabulary:
-            counts = self._number(vocabulary, folder, staging)
-        return {split: each.to_plain() for split, each in zip(SPLITS, counts or (), strict=True)}
-
-    def _vocabulary(self) -> Vocabulary | None:
-        if self._request.vocabulary is None:
-            return None
-        names = [plan.name for plan in self._plans if plan.kind in ("sparse", "sequence", "user")]
-        return Vocabulary({name: self._types[name] for name in names}, self._request.vocabulary)
-
-    def _statistics(self) -> list[Statistics]:
-        return [Statistics({plan.name: plan.kind for plan in self._plans}) for _ in SPLITS]
-
-    def _number(self, vocabulary: Vocabulary, typed: Path, staging: Path) -> list[Statistics]:
-        """Write the rows anew with the vocabulary's numbers for ids."""
-        (staging / VOCABULARY).mkdir()
-        vocabulary.write(staging / VOCABULARY)
-        counts = self._statistics()
-        for split, statistics in zip(SPLITS, counts, strict=True):
-            files = sorted((typed / split).iterdir())
-            with SplitWriter(staging / split, vocabulary.schema(pa.schema(list(self._types.items())))) as writer:
-                for file in files:
-                    for batch in pq.ParquetFile(file).iter_batches(1 << 14):
-                        numbered = vocabulary.numbered(batch)
-                        writer.write(numbered)
-                        statistics.take(numbered)
-        shutil.rmtree(typed)
-        return counts
-
-    def _refuse(self, rows: Rows, skipped: TextIO) -> None:
-        """Raise for the first row that is wrong, or note them all."""
-        if rows.rejects and not self._request.skip_bad:
-            raise DataError(f"{rows.rejects[0].message}; mend or remove the line, or pass --bad-rows skip")
-        for reject in rows.rejects:
-            skipped.write(json.dumps(asdict(reject)) + "\n")
-        self.skipped += len(rows.rejects)
-
-    def _bar(self, what: str) -> tqdm[Any]:
-        total = sum(file.stat().st_size for paths in self._files for file in paths)
-        return tqdm(total=total, unit="B", unit_scale=True, desc=what)
-
-    def _pieces(self, bar: tqdm[Any]) -> Iterator[tuple[int, Any]]:
-        """(number of the split whose file it is, piece) of all files, one after the other."""
-        row = 0
-        for number, paths in enumerate(self._files):
-            for file in paths:
-                for piece in self._source.pieces(file, row, bar.update):
-                    yield number, piece
-                    row += self._source.num_rows(piece)
-
-    def _rows(self, plans: Sequence[ColumnPlan], bar: tqdm[Any]) -> Iterator[tuple[int, Rows]]:
-        def read(numbered: tuple[int, Any]) -> tuple[int, Rows]:
-            return numbered[0], self._source.read(numbered[1], plans, self._reading)
-
-        return ordered(self._pieces(bar), read, self._threads)
-
-    def _times(self, column: ColumnPlan, bar: tqdm[Any]) -> Iterator[NDArray[np.int64]]:
-        for _, rows in self._rows([column], bar):
-            yield rows.batch.column(0).cast(pa.int64()).to_numpy()

@@ -367,6 +367,8 @@ def quiet_libraries() -> None:
     """Leave what torch and TorchRec say about their own internals out of the user's terminal."""
     for name in ("torchrec", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What the planner was called with, for every handler of the root logger; as errors where there is no plan.
+    logging.getLogger("MethodLogger-NullHandler").setLevel(logging.CRITICAL)
     # TorchRec says this of every data-parallel table, to the root logger.
     logging.getLogger().addFilter(lambda record: not record.getMessage().startswith("Sharding spec not found"))
     for module in ("torch", "torchrec"):

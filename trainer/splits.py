@@ -7,7 +7,7 @@ go, the record that describes them last. A run that is killed leaves the folder 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ FILE_ROWS = 1 << 20
 
 _RECORDS = (SAMPLE_RECORD, PREPARED_RECORD)
 _BESIDES = ("statistics.json", VOCABULARY, SKIPPED)
-_STAGING = ".incomplete"
+STAGING = ".incomplete"
+"""Where a data set is while it is being written."""
 
 
 @contextmanager
@@ -41,19 +42,30 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         DataError: there are such files and ``overwrite`` is false, or the folder cannot be written.
     """
+    refuse_old(directory, overwrite=overwrite)
+    staging = directory / STAGING
+    with writing(directory):
+        empty(staging)  # of what a run that was killed has left
+        try:
+            yield staging
+            clear(directory)
+            move(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_old(directory: Path, *, overwrite: bool) -> None:
+    """Raise DataError if there is a data set already and it may not be replaced."""
     old = [path for split in SPLITS for path in sorted((directory / split).glob("*.parquet"))]
     if old and not overwrite:
         raise DataError(f"{directory} already has data ({old[0]}); choose another folder or pass --overwrite")
-    staging = directory / _STAGING
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """What the system says while the block writes to ``directory`` is a DataError that says what to do."""
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-        for split in SPLITS:
-            (staging / split).mkdir(parents=True)
-        try:
-            yield staging
-            _commit(staging, directory)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        yield
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or directory}: {error.strerror or error}; "
@@ -61,26 +73,35 @@ def staged(directory: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
 
 
-def _commit(staging: Path, directory: Path) -> None:
-    """Replace the data set in ``directory`` by the staged one; without a record it is not a data set."""
+def empty(staging: Path) -> None:
+    """Have the staging folder hold a folder for each split, and nothing else."""
+    shutil.rmtree(staging, ignore_errors=True)
+    for split in SPLITS:
+        (staging / split).mkdir(parents=True)
+
+
+def clear(directory: Path) -> None:
+    """Delete the data set in ``directory``, its record first: without one it is not a data set."""
     for record in _RECORDS:
         (directory / record).unlink(missing_ok=True)
     for split in SPLITS:
-        target = directory / split
-        target.mkdir(exist_ok=True)
-        for path in target.glob("*.parquet"):
+        for path in (directory / split).glob("*.parquet"):
             path.unlink()
-        for path in sorted((staging / split).iterdir()):
-            path.replace(target / path.name)
     for name in _BESIDES:
         if (directory / name).is_dir():
             shutil.rmtree(directory / name)
         (directory / name).unlink(missing_ok=True)
+
+
+def move(staging: Path, directory: Path) -> None:
+    """Move what is staged to its place, the record last; a move that was cut short is gone on with."""
+    for split in SPLITS:
+        (directory / split).mkdir(exist_ok=True)
+        for path in sorted((staging / split).iterdir()):
+            path.replace(directory / split / path.name)
+    for name in (*_BESIDES, *_RECORDS):
         if (staging / name).exists():
             (staging / name).replace(directory / name)
-    for record in _RECORDS:
-        if (staging / record).exists():
-            (staging / record).replace(directory / record)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -109,14 +130,27 @@ def open_part(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 class SplitWriter:
     """Writes record batches of any size as files and row groups whose sizes do not depend on the batches'."""
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+    def __init__(
+        self, folder: Path, schema: pa.Schema, *, files: int = 0, waiting: Sequence[pa.RecordBatch] = ()
+    ) -> None:
+        """``files`` and ``waiting``: of a writer that ended a file, which this one goes on for."""
         self._folder = folder
         self._schema = schema
-        self._waiting: list[pa.RecordBatch] = []
-        self._waiting_rows = 0
+        self._waiting = list(waiting)
+        self._waiting_rows = sum(batch.num_rows for batch in waiting)
         self._writer: pq.ParquetWriter | None = None
-        self._files = 0
+        self._files = files
         self._file_rows = 0
+
+    @property
+    def files(self) -> int:
+        """Files that were begun."""
+        return self._files
+
+    @property
+    def waiting(self) -> list[pa.RecordBatch]:
+        """Rows that are in no file yet: fewer than a row group has."""
+        return self._waiting
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Take these rows as the next ones of the split."""
@@ -135,7 +169,8 @@ class SplitWriter:
         """Write what is left, unless after an error; a split without rows becomes one file without row groups."""
         if error is None and (self._waiting_rows or not self._files):
             self._write_row_group(pa.Table.from_batches(self._waiting, self._schema))
-        self._close_file()
+            self._waiting, self._waiting_rows = [], 0
+        self.end_file()
 
     def _write_row_group(self, rows: pa.Table) -> None:
         if self._writer is None:
@@ -146,9 +181,10 @@ class SplitWriter:
             self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self._file_rows += rows.num_rows
         if self._file_rows >= FILE_ROWS:
-            self._close_file()
+            self.end_file()
 
-    def _close_file(self) -> None:
+    def end_file(self) -> None:
+        """Have the files be whole; the next row group begins one."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
