@@ -1,30 +1,38 @@
 """Ports for the ranks of a test to meet at.
 
 A port that the system names as free may be given to somebody else before a rank listens on it, as tests run beside
-each other. So these lie below the ones that the system gives away (32,768 and up on Linux), each process of
-pytest-xdist has a range of its own, and it begins at a place drawn by chance and goes around before it uses one again.
+each other. So these lie below the ones that the system gives away (32,768 and up on Linux), and each is locked by a
+file until its process has taken many others.
 """
 
 from __future__ import annotations
 
-import itertools
+import fcntl
 import os
 import random
 import socket
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import IO
 
-_FIRST, _SHARE, _SHARES = 12_000, 4_000, 5
-_BEGIN = _FIRST + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES * _SHARE
-_OFFSETS = itertools.count(random.SystemRandom().randrange(_SHARE))
+_PORTS = range(12_000, 32_000)
+_HELD: deque[IO[str]] = deque(maxlen=64)
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    for offset in itertools.islice(_OFFSETS, _SHARE):
-        port = _BEGIN + offset % _SHARE
-        with socket.socket() as probe:
-            try:
+    """A port that nobody listens on, and that no other test is given."""
+    folder = Path(tempfile.gettempdir(), f"shardrec-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    for port in random.SystemRandom().sample(_PORTS, 1000):
+        lock = (folder / str(port)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as probe:
                 probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise OSError(f"every port from {_BEGIN} to {_BEGIN + _SHARE - 1} is taken")
+        except OSError:
+            lock.close()
+            continue
+        _HELD.append(lock)
+        return port
+    raise OSError(f"of 1000 ports from {_PORTS[0]} to {_PORTS[-1]} every one is taken")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import RankFailed, run_ranks
+from tests.ports import free_port
 
 
 def _describe(factor: int) -> dict[str, int]:
@@ -50,3 +51,14 @@ def test_a_rank_that_hangs_is_killed_when_the_time_is_up() -> None:
     with pytest.raises(RankFailed, match=r"ranks \[0(, 1)?\] of 2 did not return in 8 s"):
         run_ranks(_misbehave, 2, "hang", timeout=8)
     assert time.monotonic() - started < 25
+
+
+def test_a_port_that_one_process_was_given_no_other_is_given() -> None:
+    own = {free_port() for _ in range(60)}
+    first, second = run_ranks(_take_ports, 2, 500)
+    assert len(own) == 60
+    assert not own & {*first, *second}
+
+
+def _take_ports(number: int) -> list[int]:
+    return [free_port() for _ in range(number)]
