@@ -112,6 +112,7 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         """What is served, and how much was."""
+        counts = dict(self.counts)  # before the model: an update is served before it is counted
         model = self.scorer.artifact
         return {
             "status": "ending" if self.ending.is_set() else "serving",
@@ -120,7 +121,7 @@ class Service:
             "outputs": self.scorer.outputs,
             "features": self.scorer.features,
             "at_work": self.at_work,
-            **self.counts,
+            **counts,
             "refused": self._refused(),
         }
 
