@@ -50,19 +50,13 @@ def by_label(result: dict[str, float], labels: Sequence[str]) -> dict[str, dict[
 
 def measure(record: dict[str, Any], seeds: int, given: argparse.Namespace) -> None:
     """Do the runs of ``seeds`` seeds that the record lacks; it has an entry for each run description."""
-    wanted = [(name, seed) for seed in range(1, seeds + 1) for name in RUNS]
-    done = {(entry["run"], run["seed"]): run for entry in record["multitask"] for run in entry["runs"]}
+    done = {entry["run"]: entry["runs"] for entry in record["multitask"]}
 
-    def one(run: tuple[str, int]) -> dict[str, Any]:
-        name, seed = run
-        return {"seed": seed, "commit": record["commit"], **train(name, seed, given.folder / f"{name}-{seed}")}
-
-    def put(found: dict[tuple[str, int], dict[str, Any]]) -> None:
-        by_name = {name: [found[key] for key in sorted(found) if key[0] == name] for name in RUNS}
-        record["multitask"] = [{"run": name, "runs": of_name} for name, of_name in by_name.items() if of_name]
+    def put(found: dict[str, list[dict[str, Any]]]) -> None:
+        record["multitask"] = [{"run": name, "runs": of_name} for name, of_name in found.items()]
         write(given.output, record)
 
-    runs.go_on(wanted, done, one, jobs=given.jobs, put=put)
+    runs.go_on_by_name(tuple(RUNS), seeds, done, train, given, record["commit"], put)
 
 
 def table_of(record: dict[str, Any]) -> str:

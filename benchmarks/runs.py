@@ -70,6 +70,33 @@ def go_on(
         raise SystemExit("\n".join(failures))
 
 
+def go_on_by_name(
+    names: Sequence[str],
+    seeds: int,
+    done: Mapping[str, Sequence[Found]],
+    one: Callable[[str, int, Path], Found],
+    given: argparse.Namespace,
+    commit: str,
+    put: Callable[[dict[str, list[Found]]], object],
+) -> None:
+    """``go_on`` with seeds 1 to ``seeds`` of each name; ``done`` and what ``put`` gets are lists of runs by name.
+
+    ``one(name, seed, output)`` is a run, which gets its seed and the commit besides.
+    """
+    before = {(name, run["seed"]): run for name, of_name in done.items() for run in of_name}
+
+    def run(key: tuple[str, int]) -> Found:
+        name, seed = key
+        return {"seed": seed, "commit": commit, **one(name, seed, given.folder / f"{name}-{seed}")}
+
+    def put_by_name(found: dict[tuple[str, int], Found]) -> None:
+        by_name = {name: [found[key] for key in sorted(found) if key[0] == name] for name in names}
+        put({name: of_name for name, of_name in by_name.items() if of_name})
+
+    wanted = [(name, seed) for seed in range(1, seeds + 1) for name in names]
+    go_on(wanted, before, run, jobs=given.jobs, put=put_by_name)
+
+
 def train(description: Path, seed: int, output: Path) -> Path:
     """Train a run description with another seed; where its output is, within ``output``."""
     words = ["train", str(description), "--set", f"seed={seed}", "--set", f"output={output / 'run'}"]

@@ -35,19 +35,13 @@ def found_in(run: Path) -> dict[str, float]:
 
 def measure(record: dict[str, Any], seeds: int, given: argparse.Namespace) -> None:
     """Do the runs of ``seeds`` seeds that the record lacks; it has an entry for each model."""
-    wanted = [(model, seed) for seed in range(1, seeds + 1) for model in MODELS]
-    done = {(entry["model"], run["seed"]): run for entry in record["sequences"] for run in entry["runs"]}
+    done = {entry["model"]: entry["runs"] for entry in record["sequences"]}
 
-    def one(run: tuple[str, int]) -> dict[str, Any]:
-        model, seed = run
-        return {"seed": seed, "commit": record["commit"], **train(model, seed, given.folder / f"{model}-{seed}")}
-
-    def put(found: dict[tuple[str, int], dict[str, Any]]) -> None:
-        by_model = {model: [found[key] for key in sorted(found) if key[0] == model] for model in MODELS}
-        record["sequences"] = [summary(model, of_model) for model, of_model in by_model.items() if of_model]
+    def put(found: dict[str, list[dict[str, Any]]]) -> None:
+        record["sequences"] = [summary(model, of_model) for model, of_model in found.items()]
         write(given.output, record)
 
-    runs.go_on(wanted, done, one, jobs=given.jobs, put=put)
+    runs.go_on_by_name(MODELS, seeds, done, train, given, record["commit"], put)
 
 
 def summary(model: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:

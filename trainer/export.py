@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from trainer import artifact
 from trainer import graph as graph_code
+from trainer import lengths as lengths_code
 from trainer import scorer as scorer_code
 from trainer import serve as serve_code
 from trainer import watch as watch_code
@@ -37,6 +38,7 @@ _FEWEST_COLUMNS = 3
 
 _CODE = {
     "graph.py": graph_code,
+    "lengths.py": lengths_code,
     "artifact.py": artifact,
     "scorer.py": scorer_code,
     "watch.py": watch_code,

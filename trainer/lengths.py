@@ -1,13 +1,17 @@
-"""Lists of ids as long as a table's ``max_length`` allows: the last of each stay; what is left out is counted."""
+"""Lists of ids as long as a table's ``max_length`` allows: the last of each stay; what is left out is counted.
+
+A copy of this file lies in every export: it imports numpy alone.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.columns import offsets_of
+Ints = TypeVar("Ints", np.int32, np.int64)
 
 
 @dataclass(slots=True)
@@ -27,13 +31,11 @@ class Cut:
         self.lists += int(np.count_nonzero(gone))
 
 
-def last_ids(
-    ids: NDArray[np.int64], lengths: NDArray[np.int32], most: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def last_ids(ids: NDArray[np.int64], lengths: NDArray[Ints], most: int) -> tuple[NDArray[np.int64], NDArray[Ints]]:
     """The last ``most`` ids of each list, and how many those are.
 
-    ``ids``: int64 [n], list after list; ``lengths``: of each list, int32 of any shape. What is short enough everywhere
-    is returned as it is.
+    ``ids``: int64 [n], list after list; ``lengths``: of each list, of any shape. What is short enough everywhere is
+    returned as it is.
 
     >>> last_ids(np.array([1, 2, 3, 4, 5]), np.array([[3], [2]], dtype=np.int32), 2)[0].tolist()
     [2, 3, 4, 5]
@@ -42,6 +44,6 @@ def last_ids(
     over = np.maximum(flat - most, 0)
     if not over.any():
         return ids, lengths
-    first = offsets_of(flat)[:-1] + over
+    first = flat.cumsum(dtype=np.int64) - flat + over
     stays = np.arange(len(ids)) >= np.repeat(first, flat)
-    return ids[stays], np.minimum(lengths, np.int32(most))
+    return ids[stays], np.minimum(lengths, lengths.dtype.type(most))

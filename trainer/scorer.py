@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from trainer.artifact import Artifact, Int64s, ServingError, Table
+from trainer.lengths import last_ids
 
 _MOST_NAMED = 10
 _PLACES_AT_ONCE = 1 << 16
@@ -228,11 +229,7 @@ class Scorer:
 def _last(rows: Rows, number: int, most: int) -> tuple[Int64s, Int64s]:
     """The ids of a feature, and how many each row has: of every row its last ``most``, or all if that is 0."""
     ids, lengths = rows.ids[number], rows.lengths[number]
-    over = np.maximum(lengths - most, 0)
-    if not most or not over.any():
-        return ids, lengths
-    first = lengths.cumsum() - lengths + over
-    return ids[np.arange(len(ids)) >= np.repeat(first, lengths)], lengths - over
+    return last_ids(ids, lengths, most) if most else (ids, lengths)
 
 
 def _spans(longest_B: Int64s) -> list[tuple[int, int]]:
