@@ -158,7 +158,11 @@ def test_a_watched_update_is_served_and_what_is_being_asked_at_sigterm_is_answer
             slow.sendall(head + body[:10])
             while server.ask("/health")[1]["at_work"] < 2:
                 pass
+            beside = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            assert _status(beside) == 200
             server.process.send_signal(signal.SIGTERM)
+            while _status(beside) != 503:
+                pass
             slow.sendall(body[10:])
             answer = b""
             while part := slow.recv(1 << 16):
@@ -166,6 +170,14 @@ def test_a_watched_update_is_served_and_what_is_being_asked_at_sigterm_is_answer
         assert b"Connection: close" in answer
         assert b" 200 OK" in answer
         assert b'"probabilities"' in answer
+
+
+def _status(connection: http.client.HTTPConnection) -> int:
+    """How the server answers on a connection that stays open: 503 once it has heard of its end."""
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    response.read()
+    return response.status
 
 
 def test_an_error_of_the_model_reaches_who_asked_and_the_next_request_is_answered(
