@@ -1,12 +1,13 @@
 """What plain PyTorch makes of a Frappe run description: the same model and recipe without any of the trainer.
 
 Tables as ``nn.Embedding``, torch.optim.Adam, L2 over whole tables as a term of the loss, batches by
-``torch.randperm``, AUC and log loss by scikit-learn. Reads of the trainer its run descriptions and nothing more.
+``torch.randperm``, AUC and log loss by scikit-learn. Knows of the trainer its run descriptions and nothing more.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,19 @@ def train(path: Path, seed: int) -> dict[str, float]:
     """Train by the run description at ``path``; the test metrics of the best epoch by validation AUC."""
     run = tomllib.loads(path.read_text(encoding="utf-8"))
     torch.manual_seed(seed)
+    num_rows = len(read(run, "train")[1])
+    return fit(run, Plain(run), lambda _: torch.randperm(num_rows).split(run["data"]["global_batch_size"]))
+
+
+def fit(run: dict[str, Any], model: Plain, order: Callable[[int], Iterable[Tensor]]) -> dict[str, float]:
+    """Train a model; ``order(epoch)`` are the rows of each of the epoch's steps, [b]."""
     splits = {split: read(run, split) for split in ("train", "validation", "test")}
-    model = Plain(run)
     lr, l2 = run["dense_optimizer"]["lr"], {t["optimizer"]["weight_decay"] for t in run["tables"]}.pop()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     best, without, epochs, kept = -1.0, 0, 0, model.state_dict()
     while without < run["evaluation"]["patience"] and epochs < run["data"]["epochs"]:
+        _epoch(model, optimizer, splits["train"], order(epochs), l2, run["dense_optimizer"]["max_grad_norm"])
         epochs += 1
-        _epoch(model, optimizer, splits["train"], run, l2)
         auc = score(model, *splits["validation"])["auc"]
         if auc > best + 1e-6:
             best, without = auc, 0
@@ -100,16 +106,21 @@ def train(path: Path, seed: int) -> dict[str, float]:
 
 
 def _epoch(
-    model: Plain, optimizer: torch.optim.Optimizer, rows: tuple[Tensor, Tensor], run: dict[str, Any], l2: float
+    model: Plain,
+    optimizer: torch.optim.Optimizer,
+    rows: tuple[Tensor, Tensor],
+    order: Iterable[Tensor],
+    l2: float,
+    max_grad_norm: float,
 ) -> None:
     ids, labels = rows
     model.train()
-    for batch in torch.randperm(len(ids)).split(run["data"]["global_batch_size"]):
+    for batch in order:
         optimizer.zero_grad()
         loss = binary_cross_entropy_with_logits(model(ids[batch]), labels[batch])
         squares = torch.stack([weight.square().sum() for weight in model.tables.parameters()]).sum()
         (loss + 0.5 * l2 * squares).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), run["dense_optimizer"]["max_grad_norm"])
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
 
 

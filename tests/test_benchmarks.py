@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from benchmarks import (
-    accuracy,
-    accuracy_plain,
     checkpoints,
     exact_ids,
     growth,
@@ -28,9 +26,7 @@ from benchmarks import (
     workload,
 )
 from trainer.commands import check_model
-from trainer.config import to_plain
 from trainer.description import load
-from trainer.state import build_model
 from trainer.tables import lay_out
 
 NUMBERS = {"p10": 90.0, "p50": 100.0, "p90": 110.0}
@@ -312,45 +308,6 @@ def test_a_stall_is_told_as_a_share_of_the_segment_beside_it() -> None:
     ]
 
 
-def test_accuracies_are_averaged_over_seeds_and_compared_with_plain_pytorch() -> None:
-    aucs = [("trainer", 0.97), ("trainer", 0.99), ("plain", 0.985)]
-    runs = [{"model": "fm", "way": way, "auc": auc, "logloss_nats": 0.2} for way, auc in aucs]
-    ours, plain, losses = ["2", "0.98000", "0.01414"], ["1", "0.98500", ""], ["0.20000", "0.20000", "0.20650"]
-    assert accuracy._line("fm", runs) == ["fm", *ours, *plain, "-0.00500", "0.96711", *losses]
-
-
-def test_runs_that_are_in_the_record_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    ended = {"auc": 0.9, "logloss_nats": 0.2, "validation_auc": 0.9, "epochs": 3}
-    monkeypatch.setitem(accuracy.WAYS, "trainer", lambda model, seed, output: ran.append((model, seed)) or ended)
-    (tmp_path / "data" / "frappe").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for seeds in (1, 3):
-        words = [
-            "--models",
-            "lr",
-            "fm",
-            "--seeds",
-            seeds,
-            "--plain-seeds",
-            0,
-            "--output",
-            "found.json",
-            "--allow-dirty",
-        ]
-        accuracy.main([str(word) for word in words])
-    assert sorted(ran) == [("fm", 1), ("fm", 2), ("fm", 3), ("lr", 1), ("lr", 2), ("lr", 3)]
-    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["runs"]
-    assert [(run["model"], run["seed"]) for run in found] == [(m, s) for m in ("lr", "fm") for s in (1, 2, 3)]
-
-
-def test_every_model_of_the_public_table_has_a_run_description_that_the_trainer_reads() -> None:
-    for model in accuracy.MODELS:
-        run = load(accuracy.description_of(model))
-        check_model(run)
-        assert run.model["kind"] == model or model == "best"
-
-
 def test_multitask_runs_are_read_by_label_and_averaged_over_seeds() -> None:
     for name, labels in multitask.RUNS.items():
         run = load(multitask.description_of(name))
@@ -370,15 +327,3 @@ def test_multitask_runs_are_read_by_label_and_averaged_over_seeds() -> None:
     *_, last = multitask.table_of({"multitask": [{"run": "mmoe", "runs": runs}]}).splitlines()
     cells = [cell.strip() for cell in last.strip("|").split("|")]
     assert cells == ["mmoe", "never_married", "2", "0.70000", "0.10000", "0.40000", "0.10000"]
-
-
-def test_plain_pytorch_has_the_same_parameters_as_the_trainers_run() -> None:
-    for model in accuracy.MODELS:
-        run = load(accuracy.description_of(model))
-        plain = accuracy_plain.Plain(to_plain(run))
-        assert {name for name, _ in plain.model.named_parameters()} == {
-            name for name, _ in build_model(run, 0).named_parameters()
-        }
-        assert {name: tuple(weight.shape) for name, weight in plain.tables.named_parameters()} == {
-            f"{table.name}.weight": (table.rows, table.dim) for table in run.tables
-        }
