@@ -120,7 +120,7 @@ def _apart(ours: Sequence[dict[str, Any]], twins: Sequence[dict[str, Any]]) -> l
     """Seeds that both have, and the largest distance of the two test AUCs of a seed."""
     aucs = {run["seed"]: run["auc"] for run in twins}
     apart = [abs(run["auc"] - aucs[run["seed"]]) for run in ours if run["seed"] in aucs]
-    return [f"{len(apart)}", f"{max(apart):.5f}"] if apart else ["", ""]
+    return [f"{len(apart)}", f"{max(apart):.1e}"] if apart else ["", ""]
 
 
 def _runs(found: Sequence[dict[str, Any]], model: str, way: str) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from trainer.state import build_model
 def test_accuracies_are_averaged_over_seeds_and_compared_with_plain_pytorch_and_by_seed_with_its_twins() -> None:
     aucs = [("trainer", 1, 0.97), ("trainer", 2, 0.99), ("plain", 1, 0.985), ("twin", 1, 0.9705), ("twin", 2, 0.9885)]
     runs = [{"model": "fm", "way": way, "seed": seed, "auc": auc, "logloss_nats": 0.2} for way, seed, auc in aucs]
-    ours, plain, twins = ["2", "0.98000", "0.01414"], ["1", "0.98500", ""], ["2", "0.00150"]
+    ours, plain, twins = ["2", "0.98000", "0.01414"], ["1", "0.98500", ""], ["2", "1.5e-03"]
     losses = ["0.20000", "0.20000", "0.20650"]
     assert accuracy._line("fm", runs) == ["fm", *ours, *plain, "-0.00500", *twins, "0.96711", *losses]
     assert accuracy._line("fm", runs[:2])[4:10] == [""] * 6
