@@ -109,6 +109,8 @@ class AutoInt(CTRModel):
         for name, value in (("residual", residual), ("scale", scale), ("layer_norm", layer_norm)):
             options.switch(name, value)
         options.one_of("linear", linear, self.LINEAR_SOURCES)
+        if not hidden and (activation != "relu" or batch_norm):
+            raise ValueError("model options activation, batch_norm are of hidden layers; leave them out or give hidden")
         self.num_dense = num_dense
         deep = MLP(
             num_fields * dim + num_dense,

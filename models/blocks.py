@@ -41,7 +41,8 @@ class MLPOptions(TypedDict, total=False):
     """Whether to normalize each row over its units there (Ba et al. 2016), instead; default false."""
 
     init: Init
-    """How the layers' weights start; default torch's own. The others start biases at zero."""
+    """How the deep part's layers, and those that a model names besides, start; default torch's own. The others start
+    biases at zero."""
 
 
 class Dice(nn.Module):

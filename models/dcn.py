@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import options
-from models.blocks import MLP, Logit, MLPOptions, deep_input
+from models.blocks import INITS, MLP, Logit, MLPOptions, deep_input, initialize
 from models.model import CTRModel
 
 Structure = Literal["parallel", "stacked"]
@@ -114,7 +114,7 @@ class CrossNetwork(nn.Module):
 class Crossed(CTRModel):
     """Cross layers and an MLP over ``x_0 = [v_1, ..., v_F, dense]``: what both versions are but for their layers.
 
-    In parallel ``<w, [cross(x_0), MLP(x_0)]> + b``, else ``<w, MLP(cross(x_0))> + b``.
+    In parallel ``<w, [cross(x_0), MLP(x_0)]> + b``, else ``<w, MLP(cross(x_0))> + b``. ``init`` holds for w and b too.
     """
 
     def __init__(
@@ -128,6 +128,8 @@ class Crossed(CTRModel):
             refuse_no_hidden(mlp)
         self.cross = CrossNetwork(layers)
         self.head = Logit((width if parallel else 0) + self.mlp.out_features)
+        if (init := mlp.get("init", "torch")) != "torch":
+            initialize(self.head, INITS[init])
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]; ``linear_BF`` is not used."""

@@ -32,10 +32,14 @@ class Recurrence(nn.Module):
         self.state = nn.Linear(width, 3 * width)
 
     def forward(self, rows_BLW: Tensor, mask_BL: Tensor, attention_BL: Tensor) -> Tensor:
-        """Return the state after each row, shape [B, L, W]; where the mask has no row it stays what it was."""
+        """Return the state after each row, shape [B, L, W]; where the mask has no row it stays what it was.
+
+        It is in the dtype of the rows, also under autocast: attention changes it a little for each of L rows, and so
+        little would be rounded away.
+        """
         inputs_BL3W = self.inputs(rows_BLW)
         gates_BL = attention_BL * mask_BL
-        state_BW = inputs_BL3W.new_zeros(rows_BLW.shape[0], rows_BLW.shape[2])
+        state_BW = rows_BLW.new_zeros(rows_BLW.shape[0], rows_BLW.shape[2])
         if torch.compiler.is_exporting():
             return self._as_one_operator(state_BW, inputs_BL3W, gates_BL)
         states = []
@@ -100,6 +104,10 @@ class DIEN(SequenceModel):
             fields=fields, sequences=sequences, dim=dim, target=target, history=history, negatives=negatives
         )
         options.positive("auxiliary_weight", auxiliary_weight)
+        if auxiliary_weight != 1 and not negatives:
+            raise ValueError(
+                f"model option auxiliary_weight={auxiliary_weight!r} needs negatives: name sequences there"
+            )
         self.auxiliary_weight = auxiliary_weight
         self.extractor = Recurrence(self.width)
         self.nearness = nn.Linear(self.width, self.width, bias=False)

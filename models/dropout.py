@@ -59,7 +59,7 @@ class Dropout(nn.Module):
         bits_BH.mul_(_FIRST)
         bits_BH ^= bits_BH >> 15
         bits_BH.mul_(_SECOND)
-        kept_BH = bits_BH >= round(self.p * 2**32) - 2**31
+        kept_BH = bits_BH >= min(round(self.p * 2**32), 2**32 - 1) - 2**31
         return kept_BH.view(x.shape).to(x.dtype).mul_(1 / (1 - self.p))
 
 

@@ -19,12 +19,13 @@ from models.places import places_of, places_of_tables, take
 class Gate(nn.Module):
     """``2 sigmoid(MLP(c))`` with one output for each input of a stream (Mao et al. 2023, stream-specific selection).
 
-    c: the embeddings of the features that it looks at; without any, ``query`` ``[1, C]``, which is learned.
+    c: the embeddings of the features that it looks at; without any, ``query`` ``[1, C]``, which is learned from
+    ``N(0, 1)`` on: from 0 on, and with biases of 0, no ReLU would let a gradient through.
     """
 
     def __init__(self, num_inputs: int, num_context: int, width: int, *, hidden: Sequence[int], init: Init) -> None:
         super().__init__()
-        self.query = None if num_context else nn.Parameter(torch.zeros(1, width))
+        self.query = None if num_context else nn.Parameter(torch.randn(1, width))
         self.mlp = MLP(num_context or width, logit=False, hidden=hidden, init=init)
         self.output = nn.Linear(self.mlp.out_features, num_inputs)
         if init != "torch":
@@ -112,8 +113,10 @@ class FinalMLP(CTRModel):
         options.switch("gates", gates)
         options.widths("gate_hidden", gate_hidden)
         check_heads(heads, hidden1, hidden2)
-        if not gates and (gate1 or gate2 or gate_tables):
-            raise ValueError("model options gate1, gate2, gate_tables are of gates; leave them out or set gates = true")
+        if not gates and (gate1 or gate2 or gate_tables or tuple(gate_hidden) != (64,)):
+            raise ValueError(
+                "model options gate1, gate2, gate_tables, gate_hidden are of gates; leave them out or set gates = true"
+            )
         apart = places_of_tables("gate_tables", gate_tables, fields)
         read = [place for place in range(num_fields) if place not in apart]
         self.num_dense = num_dense

@@ -66,7 +66,8 @@ class Gate(nn.Module):
 class SharedBottom(CTRModel):
     """``tower_t(MLP([v_1, ..., v_F, dense]))`` for each task t (Caruana 1997, "Multitask Learning").
 
-    hidden, activation, dropout, batch_norm, init: of the perceptron that all tasks share, the last four of towers too.
+    hidden and the other options of ``MLPOptions``: of the perceptron that all tasks share; all but ``hidden`` of towers
+        too.
     tower: widths of each task's own hidden layers; none: one linear layer.
     """
 
@@ -94,7 +95,7 @@ class SharedBottom(CTRModel):
 class MMoE(CTRModel):
     """``tower_t(sum_e softmax(W_t x)_e f_e(x))`` for each task t, with x all inputs (Ma et al. 2018, equations 5 to 7).
 
-    experts: E, the perceptrons f_e that all tasks share; hidden, activation, dropout, batch_norm, init: of each.
+    experts: E, the perceptrons f_e that all tasks share. hidden and the other options of ``MLPOptions``: of each.
     gate: widths of hidden layers between x and the softmax; none in the paper. tower: see ``SharedBottom``.
     """
 
@@ -166,7 +167,7 @@ class PLE(CTRModel):
     """``tower_t(x_t)`` after ``levels`` of ``Extraction``, whose first takes all inputs for each x (Tang et al. 2020).
 
     With one level it is the paper's CGC. task_experts: perceptrons of each task alone, by level; shared_experts: of all
-    together. hidden, activation, dropout, batch_norm, init: of each. gate, tower: see ``MMoE``.
+    together. hidden and the other options of ``MLPOptions``: of each. gate, tower: see ``MMoE``.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class PLE(CTRModel):
 
 
 def logit_of_product(a: Tensor, b: Tensor) -> Tensor:
-    """The logit of ``sigmoid(a) * sigmoid(b)``: ``-ln(exp(-a) + exp(-b) + exp(-a - b))``, finite for finite a and b.
+    """The logit of ``sigmoid(a) * sigmoid(b)``: ``-ln(exp(-a) + exp(-b) + exp(-a - b))``, finite where a + b is.
 
     Because ``1 / p - 1`` is the sum in the logarithm, where 1 would be lost beside a large term of ``1 / p``.
     """

@@ -20,7 +20,8 @@ class PNN(CTRModel):
     """``MLP([v_1, ..., v_F, dense, products])`` (Qu et al. 2016, "Product-based Neural Networks", equations 3 to 5).
 
     product:
-        ``"inner"``: ``<v_i, v_j>`` of all pairs ``i < j``, one by one (IPNN, section III-A).
+        ``"inner"``: ``<v_i, v_j>`` of all pairs ``i < j``, one by one (IPNN, section III-A); as in FuxiCTR and unlike
+            the paper without ``<v_i, v_i>``.
         ``"outer"``: ``s s^T`` with ``s = sum_i v_i`` (OPNN with superposition, equation 13); as it is symmetric, only
         its ``D * (D + 1) / 2`` cells on and above the diagonal.
         ``"both"``: first the inner, then the outer ones (PNN*).

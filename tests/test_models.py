@@ -221,6 +221,14 @@ def test_a_model_compiles_whole_for_any_number_of_rows(kind, options):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("kind", ["dnn", "deepfm", "wide_deep", "dcn", "dcnv2", "autoint", "pnn", "dlrm"])
+def test_the_output_layer_starts_as_the_others_do(kind):
+    model = make(kind, DEEP | {"init": "xavier_normal"})
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.bias is not None]
+    assert any(layer.out_features == 1 for layer in layers)
+    assert not any(layer.bias.any() for layer in layers)
+
+
 @pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"])
 def test_initial_weights_have_the_spread_that_their_name_says(init):
     torch.manual_seed(0)
@@ -316,7 +324,10 @@ def test_models_learn_a_cross_of_two_fields():
             STREAMS | {"gate_tables": ["b"]},
             "no gate looks at feature 'user' of table 'b'; name it in gate1",
         ),
-        ("finalmlp", STREAMS | {"gates": False, "gate1": ["user"]}, "gate1, gate2, gate_tables are of gates; leave"),
+        ("finalmlp", STREAMS | {"gates": False, "gate1": ["user"]}, "gate1, .*, gate_hidden are of gates; leave"),
+        ("finalmlp", STREAMS | {"gates": False, "gate_hidden": [9]}, "gate1, .*, gate_hidden are of gates; leave"),
+        ("autoint", {"activation": "dice"}, "activation, batch_norm are of hidden layers; leave them out or give"),
+        ("autoint", {"batch_norm": True}, "activation, batch_norm are of hidden layers; leave them out or give"),
     ],
 )
 def test_a_wrong_kind_or_option_is_named_with_what_is_right(kind, options, message):

@@ -45,6 +45,10 @@ def test_each_unit_and_each_row_is_dropped_with_the_probability(p: float) -> Non
     assert float(shares.var()) == pytest.approx(spread**2 / UNITS, rel=0.15)  # of a binomial
 
 
+def test_a_probability_next_to_1_keeps_next_to_nothing() -> None:
+    assert kept(1 - 1e-12).sum() <= 1
+
+
 def test_masks_of_units_rows_layers_and_epochs_are_independent() -> None:
     mask = kept(0.5)
     centred = (mask - mask.mean(dim=0)) / mask.std(dim=0)

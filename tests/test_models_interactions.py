@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import models
 from models import xdeepfm
 from models.autoint import attention_weights
+from models.blocks import Init
 from models.pairs import pair_products
 from models.places import take
 from tests.test_models_formulas import dot, expect, first_order, flat, inputs, make, perceptron, sizes
@@ -120,11 +122,12 @@ def test_finalmlp_is_two_gated_perceptrons_and_a_bilinear_form(options, streams,
     expect(model, inputs(num_dense, 4, 3), formula)
 
 
-def test_new_gates_without_features_are_the_same_for_all_rows_and_learn():
-    model = models.build("finalmlp", num_dense=0, num_fields=2, dim=3, hidden1=[4], hidden2=[4])
+@pytest.mark.parametrize("init", get_args(Init))
+def test_new_gates_without_features_are_the_same_for_all_rows_and_learn(init):
+    model = models.build("finalmlp", num_dense=0, num_fields=2, dim=3, hidden1=[4], hidden2=[4], init=init)
     assert [tuple(gate.query.shape) for gate in model.gates] == [(1, 3), (1, 3)]
     model(*inputs(0, 2, 3)).sum().backward()
-    assert all(gate.query.grad.any() for gate in model.gates)
+    assert all(parameter.grad.any() for gate in model.gates for parameter in gate.parameters())
 
 
 def products(embeddings: Tensor) -> list[float]:

@@ -10,6 +10,7 @@ from torch.nn.functional import leaky_relu, logsigmoid
 
 import models
 from models.bst import Block
+from models.dien import Recurrence
 from models.model import Sequences, WithLoss
 from models.norm import BatchNorm
 
@@ -237,6 +238,19 @@ def test_evaluation_scores_each_row_alone_with_a_history_of_its_own_length(kind,
     torch.testing.assert_close(model(*batch), torch.cat(alone))
 
 
+def test_a_long_recurrence_that_attention_slows_is_as_near_under_autocast_as_a_short_one():
+    torch.manual_seed(3)
+    unit, rows = Recurrence(16).float(), torch.randn(64, 1000, 16, dtype=torch.float32)
+    mask = torch.ones(64, 1000, dtype=torch.bool)
+    attention = mask.float() / 1000
+    with torch.no_grad():
+        exact = unit(rows, mask, attention)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = unit(rows, mask, attention)
+    assert found.dtype == torch.float32
+    assert (found[:, -1] - exact[:, -1]).norm() < 2**-8 * exact[:, -1].norm()  # half a unit in bfloat16's last place
+
+
 @variants
 def test_logits_are_float32_under_autocast(kind, options):
     torch.set_default_dtype(torch.float32)
@@ -303,6 +317,7 @@ WRONG = [
     ("din", ONE, [*ITEMS, ("t", "b")], {"history": ["items"]}, "sequence 'b' must be in one of the model options"),
     ("dien", ONE, ITEMS, {"history": ["items"], "negatives": ["items"]}, "sequence 'items' must be in one of"),
     ("dien", ONE, ITEMS, {"auxiliary_weight": 0}, "auxiliary_weight=0 must be a number above 0"),
+    ("dien", ONE, ITEMS, {"auxiliary_weight": 0.5}, "auxiliary_weight=0.5 needs negatives: name sequences"),
     ("dien", TWO, [*CATS, ("t", "b")], {"negatives": ["b"]}, r"negatives=\['b'\] must have one sequence for each"),
     ("dien", TWO, [*ITEMS, ("c", "b")], {"negatives": ["b"]}, "one sequence for each of .*, of the same table"),
     ("din", ONE, ITEMS, {"attention": "max"}, "attention: 'max'; .*There are: unit, softmax, mean"),
