@@ -21,7 +21,17 @@ EMBEDDING = {"name": "a", "dim": 6, "optimizer": {"kind": "adagrad", "lr": 0.1},
 LINEAR = {"name": "w", "dim": 1, "role": "linear", "optimizer": {"kind": "adagrad", "lr": 0.1}, **TABLE}
 APART = {**EMBEDDING, "name": "b", "features": ["f0", "f1"]}
 
+CROSSED = {**LINEAR, "features": ["f0", "f1", "f0_f1"]}
+DEEP = {"hidden": [8], "dropout": 0.3}
+
 KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "lr": ({"kind": "lr"}, [LINEAR]),
+    "fm": ({"kind": "fm"}, [EMBEDDING, LINEAR]),
+    "dnn": ({"kind": "dnn", **DEEP, "activation": "dice"}, [EMBEDDING]),
+    "wide_deep": ({"kind": "wide_deep", **DEEP, "batch_norm": True}, [EMBEDDING, CROSSED]),
+    "dcn": ({"kind": "dcn", **DEEP, "activation": "prelu"}, [EMBEDDING]),
+    "dcnv2_stacked": ({"kind": "dcnv2", **DEEP, "structure": "stacked"}, [EMBEDDING]),
+    "dcnv2_low_rank": ({"kind": "dcnv2", **DEEP, "rank": 3, "layer_norm": True}, [EMBEDDING]),
     "xdeepfm": ({"kind": "xdeepfm", "cin": [6, 4], "hidden": [8], "batch_norm": True}, [EMBEDDING, LINEAR]),
     "finalmlp": (
         {
@@ -40,7 +50,7 @@ KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "fnn": ({"kind": "fnn", "hidden": [8]}, [EMBEDDING, LINEAR]),
     "autoint": ({"kind": "autoint", "layers": 2, "head_dim": 4, "hidden": [8], "layer_norm": True}, [EMBEDDING]),
     "dlrm": ({"kind": "dlrm", "bottom": [8], "hidden": [8]}, [EMBEDDING]),
-    "dcnv2": ({"kind": "dcnv2", "cross_layers": 2, "rank": 3, "experts": 2, "hidden": [8]}, [EMBEDDING]),
+    "dcnv2_mixture": ({"kind": "dcnv2", "cross_layers": 2, "rank": 3, "experts": 2, "hidden": [8]}, [EMBEDDING]),
     "deepfm": (
         {"kind": "deepfm", "deep_tables": ["b"], "combine": "two_towers", "hidden": [8]},
         [EMBEDDING, APART, LINEAR],
@@ -52,7 +62,9 @@ KINDS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 def described(folder: Path, output: str, kind: str, steps: int) -> dict[str, Any]:
     plain = run_plain(folder, output=str(folder / output), max_steps=steps, segment_steps=1)
     plain["model"], plain["tables"] = KINDS[kind]
-    plain["data"] = {**plain["data"], "validation": [], "test": []}
+    plain["data"] |= {"validation": [], "test": []}
+    if CROSSED in plain["tables"]:
+        plain["data"]["crosses"] = [{"name": "f0_f1", "features": ["f0", "f1"]}]
     plain["checkpoint"] = {"every_steps": STEPS}
     return plain
 
@@ -64,7 +76,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
     write_click_log(folder, rows=400, files=1)
     parts = (("whole", STEPS), ("parts", STOP), ("parts", STEPS))
     plains = [described(folder, f"{name}-{kind}", kind, steps) for kind in KINDS for name, steps in parts]
-    two = run_ranks(train_all, 2, plains, timeout=200)[0]
+    two = run_ranks(train_all, 2, plains, timeout=400)[0]
     with join_world(standalone=True) as world:
         one = [train(described(folder, f"one-{kind}", kind, STEPS), world) for kind in KINDS]
     return {kind: [*two[3 * place : 3 * place + 3], one[place]] for place, kind in enumerate(KINDS)}

@@ -26,10 +26,23 @@ from trainer.world import join_world
 STEPS, STOP = 6, 3
 LABELS = ("click", "buy")
 TABLE = {"features": ["f0", "f1", "f2", "m0"], "ids": "hashed", "rows": 300, "sharding": ["row_wise"]}
-WEIGHTINGS: dict[str, dict[str, Any]] = {
-    "fixed": {"kind": "focal", "task_weights": [1.0, 0.5]},
-    "uncertainty": {"task_weighting": "uncertainty", "positive_weight": [2.0, 0.5], "label_smoothing": 0.1},
+MMOE = {"kind": "mmoe", "experts": 2, "hidden": [8], "tower": [4]}
+FOCAL = {"kind": "focal", "task_weights": [1.0, 0.5]}
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mmoe": (MMOE, FOCAL),
+    "mmoe_uncertainty": (
+        MMOE,
+        {"task_weighting": "uncertainty", "positive_weight": [2.0, 0.5], "label_smoothing": 0.1},
+    ),
+    "shared_bottom": ({"kind": "shared_bottom", "hidden": [8], "tower": [4], "dropout": 0.2}, FOCAL),
+    "ple": (
+        {"kind": "ple", "levels": 2, "task_experts": 1, "shared_experts": 2, "hidden": [8], "layer_norm": True},
+        {"task_weighting": "uncertainty"},
+    ),
+    "esmm": ({"kind": "esmm", "hidden": [8], "activation": "dice"}, {}),
 }
+"""Model and loss of a run of each kind."""
+
 SPEEDS = ("segment_seconds", "rows_per_second", "stall_seconds")
 
 
@@ -44,12 +57,11 @@ def add_labels(path: Path) -> None:
     pq.write_table(table.append_column("weight", pa.array(weights)), path, row_group_size=100)
 
 
-def described(folder: Path, output: str, weighting: str, steps: int) -> dict[str, Any]:
+def described(folder: Path, output: str, kind: str, steps: int) -> dict[str, Any]:
     plain = run_plain(folder, output=str(folder / output), max_steps=steps, segment_steps=1)
-    plain["model"] = {"kind": "mmoe", "experts": 2, "hidden": [8], "tower": [4]}
+    plain["model"], plain["loss"] = KINDS[kind]
     plain["tables"] = [{"name": "a", "dim": 6, "optimizer": {"kind": "adagrad", "lr": 0.1}, **TABLE}]
     plain["data"] |= {"labels": list(LABELS), "missing_labels": "mask", "weight": "weight", "user": ""}
-    plain["loss"] = WEIGHTINGS[weighting]
     plain["report"] = {**plain["report"], "diagnostics": output.startswith(("whole", "one"))}
     plain["evaluation"] = {"every_steps": 2, "task": "buy"}
     plain["checkpoint"] = {"every_steps": STEPS}
@@ -58,17 +70,17 @@ def described(folder: Path, output: str, weighting: str, steps: int) -> dict[str
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """By weighting: the run in one go on two ranks, stopped, resumed, and in one go on one rank."""
+    """By kind: the run in one go on two ranks, stopped, resumed, and in one go on one rank."""
     folder = tmp_path_factory.mktemp("multitask")
     write_click_log(folder, rows=400, files=1)
     for path in folder.glob("*/*.parquet"):
         add_labels(path)
     parts = (("whole", STEPS), ("parts", STOP), ("parts", STEPS))
-    plains = [described(folder, f"{name}-{way}", way, steps) for way in WEIGHTINGS for name, steps in parts]
-    two = run_ranks(train_all, 2, plains, timeout=200)[0]
+    plains = [described(folder, f"{name}-{kind}", kind, steps) for kind in KINDS for name, steps in parts]
+    two = run_ranks(train_all, 2, plains, timeout=400)[0]
     with join_world(standalone=True) as world:
-        one = [train(described(folder, f"one-{way}", way, STEPS), world) for way in WEIGHTINGS]
-    return {way: [*two[3 * place : 3 * place + 3], one[place]] for place, way in enumerate(WEIGHTINGS)}
+        one = [train(described(folder, f"one-{kind}", kind, STEPS), world) for kind in KINDS]
+    return {kind: [*two[3 * place : 3 * place + 3], one[place]] for place, kind in enumerate(KINDS)}
 
 
 def lines(outcome: Outcome) -> list[dict[str, float]]:
@@ -84,13 +96,11 @@ def dense(outcome: Outcome) -> dict[str, NDArray[np.float32]]:
     return {name: value.numpy() for name, value in Reader(path).read_all(names).items()}
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(
-    outcomes: dict[str, list[Outcome]], weighting: str
-) -> None:
-    whole, stopped, resumed, _ = outcomes[weighting]
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+    whole, stopped, resumed, _ = outcomes[kind]
     assert whole.digests == resumed.digests
-    assert ("loss.log_variances" in whole.digests) == (weighting == "uncertainty")
+    assert ("loss.log_variances" in whole.digests) == ("task_weighting" in KINDS[kind][1])
     trained = [
         [{k: v for k, v in line.items() if k.startswith("train_")} for line in lines(o)] for o in (whole, resumed)
     ]
@@ -99,9 +109,9 @@ def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(
     assert whole.digests != stopped.digests
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_two_ranks_train_what_one_does(outcomes: dict[str, list[Outcome]], weighting: str) -> None:
-    two, *_, one = outcomes[weighting]
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_what_one_does(outcomes: dict[str, list[Outcome]], kind: str) -> None:
+    two, *_, one = outcomes[kind]
     for ours, theirs in zip(lines(one), lines(two), strict=True):
         keys = [key for key in ours if key.startswith(("train_", "validation_"))]
         assert {f"train_{name}/{label}" for name in ("rows", "missing_labels") for label in LABELS} < set(keys)
@@ -115,12 +125,12 @@ def test_two_ranks_train_what_one_does(outcomes: dict[str, list[Outcome]], weigh
     weights, others = dense(one), dense(two)
     for name, value in weights.items():
         np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=2e-5, err_msg=name)
-    if weighting == "uncertainty":
+    if "task_weighting" in KINDS[kind][1]:
         assert (weights["dense/loss.log_variances"] != 0).all()
 
 
 def test_the_best_checkpoint_is_that_of_the_task_that_decides(outcomes: dict[str, list[Outcome]]) -> None:
-    whole = outcomes["fixed"][0]
+    whole = outcomes["mmoe"][0]
     scored = {line["step"]: line["validation_auc/buy"] for line in lines(whole) if "validation_auc/buy" in line}
     manifest = manifests.read(path_of(whole.output / "checkpoints", STEPS))
     assert dict(manifest.evaluations) == scored
@@ -130,7 +140,7 @@ def test_the_best_checkpoint_is_that_of_the_task_that_decides(outcomes: dict[str
 def test_predictions_have_a_column_for_each_label_and_the_metrics_that_evaluate_reports(
     outcomes: dict[str, list[Outcome]], tmp_path: Path
 ) -> None:
-    run, out = outcomes["fixed"][-1].output, tmp_path / "out.parquet"
+    run, out = outcomes["mmoe"][-1].output, tmp_path / "out.parquet"
     rows = str(run.parent / "test" / "*.parquet")
     kept = [word for name in (*LABELS, "weight") for word in ("--keep", name)]
     outcome = call("predict", run, out, "--data", rows, *kept)
