@@ -23,7 +23,7 @@ from trainer.errors import DataError
 from trainer.rows import Cursor
 from trainer.schema import resolve_columns
 
-MIDDLE = "step-00000005"
+MIDDLE, LAST = "step-00000005", "step-00000010"
 """The only checkpoint of a run that fails on the last row of the first epoch."""
 
 Spoiler = Callable[[Path], object]
@@ -254,6 +254,7 @@ def test_validation_rows_of_one_class_are_one_line(tmp_path: Path) -> None:
     spoil.set_column(path, "click", pa.array([0] * pq.read_metadata(path).num_rows, pa.int8()))
     call("train", run_toml(tmp_path)).complains_of("need both classes, got 0 clicks in 160 rows")
     assert digests(tmp_path / "run" / "checkpoints" / MIDDLE)
+    assert digests(tmp_path / "run" / "checkpoints" / LAST)  # nothing of what was trained is lost
 
 
 def test_any_flipped_bit_of_a_data_file_is_read_or_refused_in_one_line(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Batch
-from trainer.by_label import LabelPredictions, LabelSums, counted, deciding_metric
+from trainer.by_label import LabelPredictions, LabelSums, counted, decided
 from trainer.config import RunConfig
 from trainer.description import build
-from trainer.errors import MetricError
+from trainer.errors import OneClassError
 from trainer.metrics import ScoredRows, evaluate
 from trainer.task import Prediction
 
@@ -119,16 +119,34 @@ def test_one_label_that_all_rows_have_is_reported_by_plain_keys() -> None:
     assert counted(batch, 0).weights.tolist() == [1.0, 1.0]
 
 
-def test_a_label_of_one_class_is_named() -> None:
-    scored = LabelPredictions(LABELS, CPU, with_users=False, may_miss=False)
-    labels = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    scored.add(Prediction(torch.zeros(2, 2), cast("Batch", Rows(labels, 2, 2))))
-    with pytest.raises(MetricError, match="label 'buy': AUC and normalized entropy need both classes, got 0 clicks"):
-        scored.evaluate("test")
+def scored_with(labels: Tensor) -> LabelPredictions:
+    scored = LabelPredictions(LABELS[: labels.shape[1]], CPU, with_users=False, may_miss=False)
+    scored.add(Prediction(torch.zeros(labels.shape), cast("Batch", Rows(labels, len(labels), len(labels)))))
+    return scored
+
+
+def test_a_label_of_one_class_has_what_is_defined_for_it_beside_others_and_may_not_decide() -> None:
+    metrics = scored_with(torch.tensor([[1.0, 0.0], [0.0, 0.0]])).evaluate("test")
+    assert {key.removeprefix("test_") for key in metrics if key.endswith("/buy")} == {
+        "rows/buy",
+        "logloss_nats/buy",
+        "click_rate/buy",
+    }
+    assert metrics["test_logloss_nats/buy"] == pytest.approx(math.log(2))
+    assert decided(metrics, config(), "test") == metrics["test_auc/click"] == 0.5
+    assert decided(metrics, config(evaluation={"task": "buy", "metric": "logloss_nats"}), "test") > 0
+    with pytest.raises(OneClassError, match="label 'buy': auc needs both classes, and the test rows have one; "):
+        decided(metrics, config(evaluation={"task": "buy"}), "test")
+
+
+def test_the_only_label_must_have_both_classes() -> None:
+    with pytest.raises(OneClassError, match=r"^AUC and normalized entropy need both classes, got 0 clicks in 2 rows"):
+        evaluate(ScoredRows(torch.zeros(2), torch.zeros(2), torch.ones(2)), "test")
 
 
 def test_the_first_label_decides_unless_another_is_named() -> None:
-    assert deciding_metric(config(("click",)), "validation") == "validation_auc"
-    assert deciding_metric(config(), "validation") == "validation_auc/click"
+    metrics = {"validation_auc": 0.5, "validation_auc/click": 0.6, "validation_logloss_nats/buy": 0.7}
+    assert decided(metrics, config(("click",)), "validation") == 0.5
+    assert decided(metrics, config(), "validation") == 0.6
     named = config(evaluation={"task": "buy", "metric": "logloss_nats"})
-    assert deciding_metric(named, "validation") == "validation_logloss_nats/buy"
+    assert decided(metrics, named, "validation") == 0.7

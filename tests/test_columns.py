@@ -327,6 +327,10 @@ def test_weights_are_numbers_of_0_or_more_within_float32() -> None:
             weights_of(column([1.0, wrong]), "w", PLACE)
     with pytest.raises(DataError, match=r"row 101: weight column 'w' is null; drop the row or give it a weight"):
         weights_of(column([1.0, None]), "w", PLACE)
+    with pytest.raises(DataError, match=r"row 101: column 'w' is nan, expected a finite number; drop the row or"):
+        weights_of(column([1.0, math.nan]), "w", PLACE)
+    with pytest.raises(DataError, match=r"row 101: column 'y' is nan, .*; write 0, 1, or a null, which data.missing"):
+        labels_of(column([1.0, math.nan]), "y", PLACE, "mask")
     with pytest.raises(DataError, match=r"row 100: column 'w' is inf, expected a finite number"):
         weights_of(column([math.inf]), "w", PLACE)
 

@@ -66,6 +66,25 @@ def test_a_part_is_a_module_or_a_member_of_a_list_or_a_parameter() -> None:
     assert list(parts_of(HandMade())) == ["mlp", "experts.0", "experts.1", "bias"]
 
 
+def test_levels_of_experts_are_taken_apart() -> None:
+    ple = models.build(
+        "ple",
+        num_dense=1,
+        num_fields=2,
+        dim=3,
+        tasks=("a", "b"),
+        hidden=[4],
+        levels=2,
+        task_experts=1,
+        shared_experts=2,
+    )
+    parts = parts_of(ple)
+    of_level = [*(f"experts.{task}.0" for task in (0, 1)), "shared.0", "shared.1", "gates.0", "gates.1"]
+    levels = [f"levels.0.{part}" for part in (*of_level, "shared_gate")] + [f"levels.1.{part}" for part in of_level]
+    assert sorted(parts) == sorted([*levels, "towers.0", "towers.1"])
+    assert sum(len(weights) for weights in parts.values()) == len(list(ple.parameters()))
+
+
 def test_norms_are_those_of_autograd_and_of_the_weights(watched: tuple[HandMade, dict[str, float]]) -> None:
     model, values = watched
     for name, part in {"mlp": model.mlp, "experts.0": model.experts[0]}.items():

@@ -253,6 +253,15 @@ def test_several_labels_are_a_line_each_and_rows_of_a_table_each() -> None:
     assert cells(final_table(metrics))[1:] == [["a AUC", "0.70000", "0.80000"], ["a rows", "5"], ["b AUC", "0.60000"]]
 
 
+def test_a_label_of_one_class_is_shown_as_that() -> None:
+    values = {"validation_auc/a": 0.5, "validation_logloss_nats/b": 0.25, "test_rows/a": 2.0, "train_rows/b": 3.0}
+    assert segment_line(1, 2, values).split("\n")[1:] == [
+        "  validation a  AUC 0.5000",
+        "  validation b  AUC undefined: one class  log loss (nats) 0.2500",
+    ]
+    assert cells(final_table(values))[1:] == [["a AUC", "undefined: one class"], ["a rows", "2"]]
+
+
 def cells(table: str) -> list[list[str]]:
     lines = [line for line in table.splitlines() if not line.startswith("-")]
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.config import RunConfig
-from trainer.errors import MetricError
+from trainer.errors import MetricError, OneClassError
 from trainer.metrics import ClickSums
 from trainer.predictions import Predictions, evaluate_everywhere
 from trainer.task import Prediction
@@ -55,11 +55,21 @@ def named(values: Mapping[str, float], label: str, labels: Sequence[str]) -> dic
     return {f"{key}/{label}": value for key, value in values.items()} if len(labels) > 1 else dict(values)
 
 
-def deciding_metric(config: RunConfig, prefix: str) -> str:
-    """The key of the metric that best checkpoint and early stopping go by."""
+def decided(metrics: Mapping[str, float], config: RunConfig, prefix: str) -> float:
+    """The metric that best checkpoint and early stopping go by.
+
+    Raises:
+        OneClassError: the scored rows leave it undefined, which only one of several labels is left to be.
+    """
     labels = config.data.labels
-    (key,) = named({f"{prefix}_{config.evaluation.metric}": 0.0}, config.evaluation.task or labels[0], labels)
-    return key
+    label = config.evaluation.task or labels[0]
+    (key,) = named({f"{prefix}_{config.evaluation.metric}": 0.0}, label, labels)
+    if key not in metrics:
+        raise OneClassError(
+            f"label {label!r}: {config.evaluation.metric} needs both classes, and the {prefix} rows have one; score "
+            "more rows or let another label decide (evaluation.task)"
+        )
+    return metrics[key]
 
 
 class _Missing:
@@ -137,16 +147,20 @@ class LabelPredictions:
     def evaluate(self, prefix: str) -> dict[str, float]:
         """``evaluate_everywhere`` of each label, and how many rows lack it. Collective.
 
+        Of several labels, one whose rows are all of one class has only the metrics that are defined for it.
+
         Raises:
             MetricError: as ``evaluate``, on every rank alike; says of which label where there are several.
+            OneClassError: the rows of the only label are of one class.
         """
+        several = len(self._labels) > 1
         missing = self._missing.reduce() if self._may_miss else []
         found: dict[str, float] = {}
         for number, (label, predictions) in enumerate(zip(self._labels, self._each, strict=True)):
             try:
-                report = evaluate_everywhere(predictions, prefix)
+                report = evaluate_everywhere(predictions, prefix, partly=several)
             except MetricError as error:
-                raise MetricError(f"label {label!r}: {error}" if len(self._labels) > 1 else str(error)) from error
+                raise type(error)(f"label {label!r}: {error}" if several else str(error)) from error
             if self._may_miss:
                 report[f"{prefix}_missing_labels"] = missing[number]
             found |= named(report, label, self._labels)

@@ -153,8 +153,15 @@ def ids_of(column: pa.ChunkedArray, name: str, place: Place, what: str = "sparse
     return Ids(values, offsets_of(np.concatenate([part.lengths(0, part.num_rows) for part in parts])))
 
 
-def numbers_of(column: pa.ChunkedArray, name: str, place: Place) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+_DENSE_CURE = "write a null instead and say what null becomes in data.transforms"
+
+
+def numbers_of(
+    column: pa.ChunkedArray, name: str, place: Place, cure: str = _DENSE_CURE
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """A numeric column as float64 [rows] with 0 for null, and whether each row has a value, bool [rows].
+
+    ``cure``: what to do about a value that is no number, for messages.
 
     Raises:
         DataError: a value is NaN or infinite; names the column, file, row and value.
@@ -167,10 +174,7 @@ def numbers_of(column: pa.ChunkedArray, name: str, place: Place) -> tuple[NDArra
     wrong = ~np.isfinite(numbers)
     if wrong.any():
         row = int(wrong.argmax())
-        raise DataError(
-            f"{place.at(row)}: column {name!r} is {numbers[row]}, expected a finite number; "
-            "write a null instead and say what null becomes in data.transforms"
-        )
+        raise DataError(f"{place.at(row)}: column {name!r} is {numbers[row]}, expected a finite number; {cure}")
     return numbers, valid
 
 
@@ -231,7 +235,8 @@ def labels_of(
     if missing == "error":
         cure = 'drop the row, fill it with 0 or 1, or leave it out of the loss with data.missing_labels = "mask"'
         _refuse_null(column, name, place, "label", cure)
-    numbers, valid = numbers_of(column, name, place)
+    absent = 'write 0, 1, or a null, which data.missing_labels = "mask" leaves out of the loss'
+    numbers, valid = numbers_of(column, name, place, absent)
     wrong = (numbers != 0) & (numbers != 1)
     if wrong.any():
         row = int(wrong.argmax())
@@ -243,8 +248,9 @@ def labels_of(
 
 def weights_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.float32]:
     """A column of row weights as float32 [rows], each finite and 0 or more."""
-    _refuse_null(column, name, place, "weight", "drop the row or give it a weight, such as 0")
-    numbers, _ = numbers_of(column, name, place)
+    cure = "drop the row or give it a weight, such as 0"
+    _refuse_null(column, name, place, "weight", cure)
+    numbers, _ = numbers_of(column, name, place, cure)
     wrong = (numbers < 0) | (numbers > np.finfo(np.float32).max)
     if wrong.any():
         row = int(wrong.argmax())
@@ -284,8 +290,9 @@ def seconds_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.i
 
 def probabilities_of(column: pa.ChunkedArray, name: str, place: Place) -> NDArray[np.float64]:
     """A column of probabilities, float64 [rows], each in [0, 1]."""
-    _refuse_null(column, name, place, "probability", "write it anew or leave data.probability empty")
-    numbers, _ = numbers_of(column, name, place)
+    cure = "write it anew or leave data.probability empty"
+    _refuse_null(column, name, place, "probability", cure)
+    numbers, _ = numbers_of(column, name, place, cure)
     wrong = (numbers < 0) | (numbers > 1)
     if wrong.any():
         row = int(wrong.argmax())

@@ -23,17 +23,27 @@ _COLUMNS = ("gradient_norm", "weight_norm", "update_ratio")
 def parts_of(model: nn.Module) -> dict[str, list[Tensor]]:
     """The parameters of each part of a model: of its modules, of lists of modules each member, of its own by name.
 
+    A member that has lists of its own, such as a level of experts, is taken apart as the model is.
+
     >>> parts = parts_of(nn.ModuleDict({"mlp": nn.Linear(3, 2), "experts": nn.ModuleList([nn.Linear(2, 1)] * 1)}))
     >>> {name: len(weights) for name, weights in parts.items()}
     {'mlp': 2, 'experts.0': 2}
     """
     parts: dict[str, list[Tensor]] = {}
     for name, child in model.named_children():
-        members = child.named_children() if isinstance(child, nn.ModuleList | nn.ModuleDict) else [("", child)]
+        members = child.named_children() if _is_list(child) else [("", child)]
         for number, member in members:
-            parts[f"{name}.{number}" if number else name] = list(member.parameters())
+            part = f"{name}.{number}" if number else name
+            if number and any(map(_is_list, (member, *member.children()))):
+                parts |= {f"{part}.{inner}": weights for inner, weights in parts_of(member).items()}
+            else:
+                parts[part] = list(member.parameters())
     parts |= {name: [weight] for name, weight in model.named_parameters(recurse=False)}
     return {name: weights for name, weights in parts.items() if weights}
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 class Diagnostics:

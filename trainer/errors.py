@@ -30,7 +30,11 @@ class OutputError(UserError):
 
 
 class MetricError(UserError):
-    """A metric is not defined on these rows."""
+    """A metric cannot be computed."""
+
+
+class OneClassError(MetricError):
+    """A metric is not defined, as these rows are all clicks or none is."""
 
 
 class InstallError(UserError):

@@ -43,7 +43,7 @@ def score(
     ``/LABEL``. ``tick(rows)`` is told of rows as they are done.
 
     Raises:
-        DataError: a row cannot be read. MetricError: the rows are all of one class.
+        DataError: a row cannot be read. MetricError: as ``LabelPredictions.evaluate``.
     """
     device = state.world.device
     scored = LabelPredictions(
@@ -63,8 +63,9 @@ def score(
         return {}
     report = scored.evaluate(prefix)
     if columns.probability:
-        best = evaluate_everywhere(possible, prefix)
-        found = {f"{prefix}_possible_{name}": best[f"{prefix}_{name}"] for name in ("auc", "logloss_nats")}
+        best = evaluate_everywhere(possible, prefix, partly=len(columns.labels) > 1)
+        keys = {name: f"{prefix}_{name}" for name in ("auc", "logloss_nats")}
+        found = {f"{prefix}_possible_{name}": best[key] for name, key in keys.items() if key in best}
         report |= named(found, columns.label, columns.labels)
     if cut:
         report[f"{prefix}_cut_ids"] = float(sum(each.ids for each in cut.values()))

@@ -11,12 +11,12 @@ from itertools import takewhile
 from trainer import checkpoint
 from trainer import manifest as manifests
 from trainer.batch import Batch
-from trainer.by_label import LabelSums, deciding_metric
+from trainer.by_label import LabelSums, decided
 from trainer.config import RunConfig
 from trainer.data import read_batches, spans_of, steps_per_epoch
 from trainer.diagnostics import table_of, watch, without_gradient
 from trainer.ending import resume_with
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, OneClassError
 from trainer.evaluation import score
 from trainer.exchange import Exchange
 from trainer.feed import Feed, Pause
@@ -275,20 +275,24 @@ class _Session:
         run, guard, dataset = self._run, self._guard, self._run.inputs.validation
         if dataset is None:
             return {}
-        metrics = score(
-            run.state,
-            dataset,
-            run.inputs.columns,
-            run.config.data,
-            "validation",
-            tick=_steps_of(guard, dataset.num_rows),
-            wants_stop=guard.wants_stop,
-        )
+        try:
+            metrics = score(
+                run.state,
+                dataset,
+                run.inputs.columns,
+                run.config.data,
+                "validation",
+                tick=_steps_of(guard, dataset.num_rows),
+                wants_stop=guard.wants_stop,
+            )
+            if metrics:
+                self.evaluations.append((self.step, decided(metrics, run.config, "validation")))
+        except OneClassError:
+            self._save(is_last=True)  # the rows that were scored are to blame, not what was trained
+            raise
         if metrics:
-            self.evaluations.append((self.step, metrics[deciding_metric(run.config, "validation")]))
             self._scale_rates()
-        else:
-            self.interrupted = True
+        self.interrupted |= not metrics
         return metrics
 
     def _scale_rates(self) -> None:

@@ -13,6 +13,7 @@ Shape suffixes: B rows of a batch, S sums.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.errors import MetricError
+from trainer.errors import MetricError, OneClassError
 
 Array = npt.NDArray[Any]
 
@@ -153,26 +154,33 @@ class ScoredRows:
     """int64 [rows]: whose row it is; needed for GAUC only."""
 
 
-def evaluate(rows: ScoredRows, prefix: str) -> dict[str, float]:
+def evaluate(rows: ScoredRows, prefix: str, *, partly: bool = False) -> dict[str, float]:
     """Every metric of ``rows`` under plain keys that begin with ``prefix``.
 
     The keys of ``ClickTotals.report``, and ``auc``; with users also ``gauc``, ``gauc_users`` and
-    ``gauc_users_left_out``. The same rows in another order give the same bits.
+    ``gauc_users_left_out``. The same rows in another order give the same bits. ``partly``: what is undefined because
+    the rows, or the rows of every user, are of one class is left out.
 
     Raises:
-        MetricError: a logit is not finite, a label or weight is out of range, or a metric is undefined because
-            the rows, or the rows of every user, are of one class.
+        MetricError: a logit is not finite, a label or weight is out of range.
+        OneClassError: a metric is undefined, and not ``partly``.
     """
     columns = _columns(rows)
-    classes = _classes(columns)
+    classes = _by_class(columns)
     report = _totals(classes).report(prefix)
-    report[f"{prefix}_auc"] = _auc(classes)
+    with _leaving_out(partly):
+        report[f"{prefix}_auc"] = _auc(_both(classes))
     if rows.users is not None:
-        grouped = _gauc(columns)
-        report[f"{prefix}_gauc"] = grouped.value
-        report[f"{prefix}_gauc_users"] = float(grouped.users)
-        report[f"{prefix}_gauc_users_left_out"] = float(grouped.users_left_out)
+        with _leaving_out(partly):
+            grouped = _gauc(columns)
+            report[f"{prefix}_gauc"] = grouped.value
+            report[f"{prefix}_gauc_users"] = float(grouped.users)
+            report[f"{prefix}_gauc_users_left_out"] = float(grouped.users_left_out)
     return report
+
+
+def _leaving_out(partly: bool) -> AbstractContextManager[None]:
+    return suppress(OneClassError) if partly else nullcontext()
 
 
 def auc(rows: ScoredRows) -> float:
@@ -189,7 +197,7 @@ def auc(rows: ScoredRows) -> float:
     >>> auc(ScoredRows(scores, labels, torch.ones(4)))
     0.875
     """
-    return _auc(_classes(_columns(rows)))
+    return _auc(_both(_by_class(_columns(rows))))
 
 
 class GroupedAuc(NamedTuple):
@@ -279,16 +287,21 @@ def _class(keys: Array, weights: Array) -> _Class:
     return _Class(keys[order], weights[order])
 
 
-def _classes(columns: _Columns) -> tuple[_Class, _Class]:
+def _by_class(columns: _Columns) -> tuple[_Class, _Class]:
     """Rows without a click and rows with one, keyed by score."""
-    clicked = columns.clicked
-    if not clicked.any() or clicked.all():
-        raise MetricError(
-            f"AUC and normalized entropy need both classes, got {clicked.sum()} clicks in {len(clicked)} rows; "
+    clicked, scores, weights = columns.clicked, columns.scores, columns.weights
+    return _class(scores[~clicked], weights[~clicked]), _class(scores[clicked], weights[clicked])
+
+
+def _both(classes: tuple[_Class, _Class]) -> tuple[_Class, _Class]:
+    """The classes, if there are rows of both."""
+    others, clicks = (len(each.keys) for each in classes)
+    if not others or not clicks:
+        raise OneClassError(
+            f"AUC and normalized entropy need both classes, got {clicks} clicks in {clicks + others} rows; "
             "evaluate on more rows or check the label column"
         )
-    scores, weights = columns.scores, columns.weights
-    return _class(scores[~clicked], weights[~clicked]), _class(scores[clicked], weights[clicked])
+    return classes
 
 
 def _totals(classes: tuple[_Class, _Class]) -> ClickTotals:
@@ -334,7 +347,7 @@ def _gauc(columns: _Columns) -> GroupedAuc:
     both = (clicks > 0) & (clicks < np.bincount(user, minlength=len(all_users)))
     num_users = int(both.sum())
     if num_users == 0:
-        raise MetricError(
+        raise OneClassError(
             f"GAUC needs a user with both classes, got {len(all_users)} users in {len(user)} rows, each with one "
             "class; evaluate on more rows or leave the user column out"
         )

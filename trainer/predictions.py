@@ -123,7 +123,7 @@ def _gather_column(
 
 
 def evaluate_everywhere(
-    predictions: Predictions, prefix: str, group: dist.ProcessGroup | None = None
+    predictions: Predictions, prefix: str, group: dist.ProcessGroup | None = None, *, partly: bool = False
 ) -> dict[str, float]:
     """``evaluate`` over the rows of all ranks, bitwise the same on every rank; empties ``predictions``.
 
@@ -133,14 +133,14 @@ def evaluate_everywhere(
         MetricError: as ``evaluate``, on every rank alike.
     """
     rows = predictions.gather(group)
-    outcome: list[dict[str, float] | str] = [""]
+    outcome: list[dict[str, float] | MetricError] = [{}]
     if rows is not None:
         try:
-            outcome = [evaluate(rows, prefix)]
+            outcome = [evaluate(rows, prefix, partly=partly)]
         except MetricError as error:
-            outcome = [str(error)]
+            outcome = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, group=group, group_src=0, device=predictions.device)
-    if isinstance(outcome[0], str):
-        raise MetricError(outcome[0])
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
     return outcome[0]

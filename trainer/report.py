@@ -182,6 +182,9 @@ _SHOWN = {
 }
 """Metrics that a line of text shows, and their names there."""
 
+_ONE_CLASS = "undefined: one class"
+"""What the AUC is of a label, one of several, whose scored rows are all clicks or none is."""
+
 
 def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """What a reader wants of a segment: a line about training, and one about validation; what there is of them."""
@@ -195,6 +198,8 @@ def segment_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
                 for name, label in _SHOWN.items()
                 if f"{prefix}_{name}{of}" in values
             ]
+            if of and prefix == "validation" and f"{prefix}_auc{of}" not in values:
+                shown.insert(0, f"AUC {_ONE_CLASS}")
             if shown and prefix == "train" and not of:
                 lines[0] += "  " + "  ".join(shown)
             elif shown:
@@ -213,7 +218,9 @@ def final_table(metrics: Mapping[str, float], prefix: str = "test") -> str:
     """Metrics of the last scoring beside the best that the data allow, where that is known."""
     rows = []
     for of, (name, label) in itertools.product(_ends(metrics, prefix), [*_SHOWN.items(), ("rows", "rows")]):
-        if f"{prefix}_{name}{of}" in metrics:
+        if of and name == "auc" and f"{prefix}_auc{of}" not in metrics:
+            rows.append([f"{of[1:]} AUC", _ONE_CLASS, ""])
+        elif f"{prefix}_{name}{of}" in metrics:
             value, best = metrics[f"{prefix}_{name}{of}"], metrics.get(f"{prefix}_possible_{name}{of}")
             written = f"{value:,.0f}" if name == "rows" else f"{value:.5f}"
             rows.append([f"{of[1:]} {label}".strip(), written, "" if best is None else f"{best:.5f}"])
