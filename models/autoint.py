@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import options
-from models.blocks import INITS, MLP, Activation, Init, Logit, initialize
+from models.blocks import MLP, Activation, Init, Logit, initialize
 from models.dropout import Dropout
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
@@ -134,9 +134,8 @@ class AutoInt(CTRModel):
             )
         )
         self.head = Logit((num_fields + num_dense) * heads * head_dim)
-        if init != "torch":
-            initialize(self.attention, INITS[init])
-            initialize(self.head, INITS[init])
+        initialize(self.attention, init)
+        initialize(self.head, init)
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]."""

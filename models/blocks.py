@@ -83,7 +83,7 @@ ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "silu": lambda num_units: nn.SiLU(),
 }
 
-INITS: dict[str, Callable[[Tensor], Tensor]] = {
+_INITS: dict[Init, Callable[[Tensor], Tensor]] = {
     "xavier_uniform": nn.init.xavier_uniform_,
     "xavier_normal": nn.init.xavier_normal_,
     "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
@@ -135,8 +135,7 @@ class MLP(nn.Module):
         layers += [Logit(widths[-1])] if logit else []
         self.mlp = nn.Sequential(*layers)
         self.out_features = 1 if logit else widths[-1]
-        if init != "torch":
-            initialize(self, INITS[init])
+        initialize(self, init)
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return logits, shape [B], if ``logit``, else the last hidden layer, shape [B, H]."""
@@ -164,11 +163,14 @@ class MLP(nn.Module):
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, init: Callable[[Tensor], Tensor]) -> None:
-    """Draw the weight of every linear layer in ``module`` with ``init`` and set its bias, if any, to zero."""
-    for layer in module.modules():
+def initialize(module: nn.Module, init: Init) -> None:
+    """Draw the weight of every linear layer in ``module`` as ``init`` says and set its bias, if any, to zero.
+
+    ``"torch"`` leaves them as torch has drawn them.
+    """
+    for layer in module.modules() if init != "torch" else ():
         if isinstance(layer, nn.Linear):
-            init(layer.weight)
+            _INITS[init](layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import options
-from models.blocks import INITS, MLP, Logit, MLPOptions, deep_input, initialize
+from models.blocks import MLP, Logit, MLPOptions, deep_input, initialize
 from models.model import CTRModel
 
 Structure = Literal["parallel", "stacked"]
@@ -128,8 +128,7 @@ class Crossed(CTRModel):
             refuse_no_hidden(mlp)
         self.cross = CrossNetwork(layers)
         self.head = Logit((width if parallel else 0) + self.mlp.out_features)
-        if (init := mlp.get("init", "torch")) != "torch":
-            initialize(self.head, INITS[init])
+        initialize(self.head, mlp.get("init", "torch"))
 
     def forward(self, dense_BN: Tensor, embeddings_BFD: Tensor, linear_BF: Tensor) -> Tensor:
         """Return logits, shape [B]; ``linear_BF`` is not used."""

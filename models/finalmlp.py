@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import options
-from models.blocks import INITS, MLP, Activation, Init, deep_input, initialize
+from models.blocks import MLP, Activation, Init, deep_input, initialize
 from models.model import CTRModel, Field
 from models.places import places_of, places_of_tables, take
 
@@ -28,8 +28,7 @@ class Gate(nn.Module):
         self.query = None if num_context else nn.Parameter(torch.randn(1, width))
         self.mlp = MLP(num_context or width, logit=False, hidden=hidden, init=init)
         self.output = nn.Linear(self.mlp.out_features, num_inputs)
-        if init != "torch":
-            initialize(self.output, INITS[init])
+        initialize(self.output, init)
 
     def forward(self, context_BC: Tensor) -> Tensor:
         """Return the factors of a stream's inputs, [B, I], or [1, I] where they are the same for all rows."""
@@ -51,8 +50,7 @@ class BilinearFusion(nn.Module):
         self.second = nn.Linear(num_second, 1, bias=False)
         self.pairs = nn.Parameter(torch.empty(heads, num_first // heads, num_second // heads))
         nn.init.normal_(self.pairs, std=(2 / (self.pairs.numel() + 1)) ** 0.5)  # Xavier's for one output, as FuxiCTR's
-        if init != "torch":
-            initialize(self, INITS[init])
+        initialize(self, init)
 
     def forward(self, x_BX: Tensor, y_BY: Tensor) -> Tensor:
         """Return logits, shape [B]; in the dtype of the weights, also under autocast."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import options
-from models.blocks import INITS, MLP, MLPOptions, deep_input, initialize
+from models.blocks import MLP, MLPOptions, deep_input, initialize
 from models.model import CTRModel
 
 
@@ -53,8 +53,7 @@ class Gate(nn.Module):
         options.widths("gate", hidden)
         self.hidden = MLP(width, logit=False, **_with_hidden(mlp, hidden))
         self.choice = nn.Linear(self.hidden.out_features, count, bias=False)
-        if (init := mlp.get("init", "torch")) != "torch":
-            initialize(self.choice, INITS[init])
+        initialize(self.choice, mlp.get("init", "torch"))
 
     def forward(self, x_BI: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """Return the mixture, shape [B, H]; ``outputs``: of the experts, [B, H] each."""

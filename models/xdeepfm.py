@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models import options
-from models.blocks import INITS, MLP, MLPOptions, initialize
+from models.blocks import MLP, Init, MLPOptions, initialize
 from models.linear import FirstOrder
 from models.model import CTRModel, LinearSource
 
@@ -32,7 +32,7 @@ class CompressedInteractions(nn.Module):
     them, so the last layer costs no more than one map does.
     """
 
-    def __init__(self, num_fields: int, sizes: Sequence[int], *, split_half: bool, init: str) -> None:
+    def __init__(self, num_fields: int, sizes: Sequence[int], *, split_half: bool, init: Init) -> None:
         super().__init__()
         last = len(sizes) - 1
         self.passed = [0 if k == last else size // 2 if split_half else size for k, size in enumerate(sizes)]
@@ -42,8 +42,7 @@ class CompressedInteractions(nn.Module):
             nn.Linear(maps * num_fields, size, bias=False) for maps, size in zip(before, sizes, strict=True)
         )
         self.output = nn.Linear(sum(self.pooled), 1, bias=False)
-        if init != "torch":
-            initialize(self, INITS[init])
+        initialize(self, init)
 
     def forward(self, embeddings_BFD: Tensor) -> Tensor:
         """Return the score of each row, shape [B]."""
