@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -118,6 +120,49 @@ def test_many_settings_with_long_names_leave_the_curves_their_room(tmp_path: Pat
     assert labels[-1] == "4 more"
     assert axes.get_position().width > 0.4
     assert legend.get_window_extent().x1 <= figures[0].bbox.x1
+
+
+def test_settings_that_were_scored_once_have_a_line_each_with_the_lowest_to_the_highest(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    low = result("low", [outcome(0.1), outcome(0.3), outcome(0.2)])
+    high = result("high", [outcome(0.5), outcome(0.9), outcome(0.8)])
+    draw([low, high], "auc", tmp_path)
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["high", "low"]
+    assert axes.yaxis_inverted(), "best on top"
+    assert points_of(axes) == [(0.8, 0), (0.2, 1)]
+    bars = [np.asarray(bar.get_segments()[0]).tolist() for bar in axes.collections if isinstance(bar, LineCollection)]
+    assert bars == [[[0.5, 0.0], [0.9, 0.0]], [[pytest.approx(0.1), 1.0], [pytest.approx(0.3), 1.0]]]
+    assert (axes.get_xlabel(), axes.get_legend()) == ("validation_auc", None)
+    assert "3 seeds, lowest to highest" in axes.get_title(loc="left")
+
+
+def test_of_very_many_settings_that_were_scored_once_the_best_are_drawn(tmp_path: Path, figures: list[Figure]) -> None:
+    draw([result(str(n), [outcome(n / 100)]) for n in range(60)], "auc", tmp_path)
+    (axes,) = figures[0].axes
+    assert len(points_of(axes)) == 40
+    assert axes.get_yticklabels()[0].get_text() == "59"
+    assert axes.get_title(loc="left") == "validation; best first; the best 40 of 60 settings"
+
+
+def points_of(axes: Axes) -> list[tuple[float, float]]:
+    """Where the points are that are not ends of bars."""
+    return [
+        (float(line.get_xydata()[0][0]), float(line.get_xydata()[0][1]))  # type: ignore[index]
+        for line in axes.lines
+        if line.get_marker() == "o"
+    ]
+
+
+def test_beside_curves_one_of_a_single_scoring_has_a_bar_and_steps_are_whole(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    draw([result("once", [outcome(0.1), outcome(0.3)]), LOW], "auc", tmp_path)
+    (axes,) = figures[0].axes
+    assert sorted(isinstance(shape, LineCollection) for shape in axes.collections) == [False, True], "a band and a bar"
+    axes.set_xlim(15, 17)
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_nothing_is_drawn_of_failures_alone_and_a_full_disk_is_one_line(tmp_path: Path) -> None:

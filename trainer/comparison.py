@@ -26,6 +26,9 @@ _LABEL_LETTERS = 48
 _MOST_COLORS = 10
 """Settings that have a color of their own in the picture; those behind them share one."""
 
+_MOST_LINES = 40
+"""Settings that have a line of their own in the picture where each was scored once; those behind them are left out."""
+
 
 def summary(results: Sequence[Result], metric: str) -> list[dict[str, Any]]:
     """What the table and the picture show of each setting, best first, as plain data."""
@@ -95,7 +98,11 @@ def _written(name: str, value: float | None) -> str:
     return f"{value:,.0f}" if name in _WHOLE else f"{value:.5f}"
 
 
-def curve_of(result: Result) -> list[tuple[int, float, float, float]]:
+Curve = list[tuple[int, float, float, float]]
+"""(step, median, lowest, highest) at each scoring."""
+
+
+def curve_of(result: Result) -> Curve:
     """(step, median, lowest, highest) over seeds of validation at each scoring, as far as all runs went.
 
     Further on, where some had stopped early, the median would be that of other runs, and jump.
@@ -114,6 +121,8 @@ def curve_of(result: Result) -> list[tuple[int, float, float, float]]:
 def draw(results: Sequence[Result], metric: str, output: Path) -> Path | None:
     """Draw validation against steps, one curve per setting, best first; None if no run was finished.
 
+    Where all settings were scored once, a line for each takes the place of the curve.
+
     Raises:
         OutputError: the picture cannot be written.
     """
@@ -123,10 +132,21 @@ def draw(results: Sequence[Result], metric: str, output: Path) -> Path | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 4.8), dpi=120, layout="constrained")
+    curves = [curve_of(result) for result in shown]
+    once = all(len(curve) == 1 for curve in curves)
+    lines = min(len(shown), _MOST_LINES)
+    figure = Figure(figsize=(10.0, max(2.4, 0.5 * lines) if once else 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    _draw(axes, shown, metric)
+    if once:
+        _draw_points(axes, shown[:lines], curves[:lines], metric)
+    else:
+        _draw_curves(axes, shown, curves, metric)
+    seeds = max(len(result.outcomes) for result in shown)
+    of_seeds = f", median of {seeds} seeds, lowest to highest" if seeds > 1 else ""
+    of_all = f"; the best {lines} of {len(shown)} settings" if once and lines < len(shown) else ""
+    axes.set_title(f"validation{of_seeds}; best first{of_all}", loc="left", fontsize="medium")
+    axes.grid(alpha=0.3)
     path = output / PICTURE
     try:
         with replacing(path) as file:
@@ -136,25 +156,38 @@ def draw(results: Sequence[Result], metric: str, output: Path) -> Path | None:
     return path
 
 
-def _draw(axes: Axes, shown: Sequence[Result], metric: str) -> None:
+def _draw_points(axes: Axes, shown: Sequence[Result], curves: Sequence[Curve], metric: str) -> None:
+    """A line for each setting, with the value of its only scoring: steps would say nothing."""
+    for place, curve in enumerate(curves):
+        _, median, low, high = curve[0]
+        axes.errorbar(median, place, xerr=[[median - low], [high - median]], fmt="o", color="C0", capsize=4)
+    axes.set_yticks(range(len(shown)), [_wrapped(result) for result in shown], fontsize="small")
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel(f"validation_{metric}")
+
+
+def _draw_curves(axes: Axes, shown: Sequence[Result], curves: Sequence[Curve], metric: str) -> None:
+    behind = len(shown) - _MOST_COLORS
     for place, result in reversed([*enumerate(shown)]):  # the best are drawn last, over the others
-        steps, medians, lows, highs = (list(column) for column in zip(*curve_of(result), strict=True))
+        steps, medians, lows, highs = (list(column) for column in zip(*curves[place], strict=True))
         colored = place < _MOST_COLORS
         color = f"C{place}" if colored else "lightgray"
-        behind = len(shown) - _MOST_COLORS
-        name = textwrap.fill(result.setting.name.replace(",", ", "), _LABEL_LETTERS)
-        label = name if colored else f"{behind} more" if place == _MOST_COLORS else None
+        label = _wrapped(result) if colored else f"{behind} more" if place == _MOST_COLORS else None
         axes.plot(steps, medians, ".-", color=color, markersize=4, linewidth=1.4, label=label)
-        if len(result.outcomes) > 1:
+        if len(result.outcomes) > 1 and len(steps) == 1:  # a band of one step is nothing to see
+            around = [[medians[0] - lows[0]], [highs[0] - medians[0]]]
+            axes.errorbar(steps, medians, yerr=around, fmt="none", ecolor=color, capsize=4)
+        elif len(result.outcomes) > 1:
             axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
     axes.set_xlabel("step")
-    seeds = max(len(result.outcomes) for result in shown)
-    of_seeds = f", median of {seeds} seeds, lowest to highest" if seeds > 1 else ""
     axes.set_ylabel(f"validation_{metric}")
-    axes.set_title(f"validation{of_seeds}; best first", loc="left", fontsize="medium")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small"
     )
+
+
+def _wrapped(result: Result) -> str:
+    return textwrap.fill(result.setting.name.replace(",", ", "), _LABEL_LETTERS)
