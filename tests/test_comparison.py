@@ -76,6 +76,27 @@ def test_test_metrics_do_not_decide() -> None:
     assert [row["setting"] for row in summary([worse, better], "auc")] == ["better", "worse"]
 
 
+def test_of_several_labels_the_metric_of_each_is_shown_and_all_of_the_one_that_decides() -> None:
+    test = {"test_rows": 9.0, "test_step": 1.0}
+    for number, label in enumerate(("click", "buy")):
+        values = {"auc": 0.5 + number / 10, "logloss_nats": 0.25, "possible_auc": 0.9, "gauc": 0.6, "logloss_bits": 1.0}
+        test |= {f"test_{name}/{label}": value for name, value in values.items()}
+    both = Result(Setting("a", ()), {0: Outcome(((5, 0.5),), test, 5, 2.0)}, {}, True)
+    shown = table([both], "auc/buy").splitlines()
+    assert shown[0].split() == [
+        *("setting", "validation_auc/buy", "test_auc/buy", "test_auc/click", "test_logloss_nats/buy"),
+        *("steps", "seconds", "finished"),
+    ]
+    assert shown[2].split()[1:5] == ["0.50000", "0.60000", "0.50000", "0.25000"]
+
+
+def test_the_loss_of_a_run_that_diverged_leaves_the_table_its_width() -> None:
+    alone = result("a", [outcome(1.25e37), outcome(float("inf"))], higher=False)
+    cells = table([alone], "logloss_nats").splitlines()[2].split()
+    assert cells[1:3] == ["inf", "inf"]
+    assert table([result("a", [outcome(1.25e37)])], "logloss_nats").splitlines()[2].split()[1] == "1.25000e+37"
+
+
 def test_of_one_seed_there_is_no_spread_and_of_no_test_data_no_column() -> None:
     alone = Result(Setting("a", ()), {3: Outcome(((5, 0.5),), {}, 5, 2.0)}, {}, False)
     assert table([alone], "logloss_nats").splitlines()[0].split() == (
@@ -148,11 +169,8 @@ def test_of_very_many_settings_that_were_scored_once_the_best_are_drawn(tmp_path
 
 def points_of(axes: Axes) -> list[tuple[float, float]]:
     """Where the points are that are not ends of bars."""
-    return [
-        (float(line.get_xydata()[0][0]), float(line.get_xydata()[0][1]))  # type: ignore[index]
-        for line in axes.lines
-        if line.get_marker() == "o"
-    ]
+    points = [np.asarray(line.get_xydata())[0].tolist() for line in axes.lines if line.get_marker() == "o"]
+    return [(value, place) for value, place in points]
 
 
 def test_beside_curves_one_of_a_single_scoring_has_a_bar_and_steps_are_whole(

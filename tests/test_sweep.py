@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from tests.command_line import Outcome as Said
 from tests.command_line import call, digests
-from tests.small_data import run_plain, write_toml
+from tests.small_data import run_plain, write_click_log, write_toml
 from trainer import sweep as sweep_module
 from trainer.errors import RunFailedError
 from trainer.grid import Trial
@@ -130,6 +130,17 @@ def test_the_worst_log_loss_does_not_win(tmp_path: Path, scores: type[Scores]) -
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["settings"]
     assert [row["validation_logloss_nats"] for row in rows] == [0.3, 0.5, 0.7]
     assert "best by validation_logloss_nats: data.epochs=2\n" in said.output
+
+
+def test_of_several_labels_what_decides_is_named_with_its_label(tmp_path: Path, scores: type[Scores]) -> None:
+    plain = run_plain(tmp_path, data={"labels": ["click", "user_id"], "user": ""}, model={"tower": [4], "experts": 2})
+    plain["tables"], plain["model"]["kind"] = plain["tables"][:1], "mmoe"
+    write_click_log(tmp_path, rows=64)
+    said = call("sweep", write_toml(tmp_path / "run.toml", plain), "--over", "data.epochs=1,2", "--jobs", "2")
+    assert said.code == 0, said.errors
+    assert said.output.split()[:2] == ["setting", "validation_auc/click"]
+    assert "best by validation_auc/click: data.epochs=1\n" in said.output
+    assert "data.epochs=1,seed=1: validation_auc/click 0.00000 at step 5" in said.errors
 
 
 def test_where_all_failed_the_table_says_why_and_nothing_is_recommended(tmp_path: Path, scores: type[Scores]) -> None:

@@ -63,12 +63,22 @@ def _numbers(result: Result, metric: str) -> dict[str, float]:
 def _shown_beside(names: Sequence[str], metric: str) -> list[str]:
     """Metrics of the test data that stand beside validation: the one that runs go by, AUC and log loss.
 
+    Of several labels, the first of these of each label, and all of the label that runs go by.
+
     >>> _shown_beside(["test_rows", "test_logloss_nats", "test_auc", "test_gauc", "test_possible_auc"], "gauc")
     ['test_gauc', 'test_auc', 'test_logloss_nats']
+    >>> _shown_beside(["test_auc/a", "test_logloss_nats/a", "test_auc/b", "test_logloss_nats/b"], "auc/b")
+    ['test_auc/b', 'test_auc/a', 'test_logloss_nats/b']
     """
-    kinds = dict.fromkeys((metric, "auc", "logloss_nats"))
-    return [name for kind in kinds for name in names if name.endswith(f"_{kind}") and "possible" not in name]
+    kind, slash, task = metric.partition("/")
+    labels = dict.fromkeys([task, *(name.partition("/")[2] for name in names)])
+    first = [f"test_{kind}{slash}{label}" for label in labels]
+    others = [f"test_{other}{slash}{task}" for other in ("auc", "logloss_nats")]
+    return [name for name in dict.fromkeys([*first, *others]) if name in names]
 
+
+_LARGE = 1e4
+"""What no metric of a run that learns comes near."""
 
 _WHOLE = ("steps", "seconds")
 _NOT_COLUMNS = ("setting", "overrides", "best_step", "finished", "failed")
@@ -95,7 +105,16 @@ def table(results: Sequence[Result], metric: str) -> str:
 def _written(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if name in _WHOLE else f"{value:.5f}"
+    return f"{value:,.0f}" if name in _WHOLE else written(value)
+
+
+def written(value: float) -> str:
+    """A metric for people to read; that of a run that went astray may have any number of digits.
+
+    >>> written(0.69314718), written(1234567890.5)
+    ('0.69315', '1.23457e+09')
+    """
+    return f"{value:.5f}" if abs(value) < _LARGE else f"{value:.5e}"
 
 
 Curve = list[tuple[int, float, float, float]]
@@ -167,6 +186,8 @@ def _draw_points(axes: Axes, shown: Sequence[Result], curves: Sequence[Curve], m
 
 
 def _draw_curves(axes: Axes, shown: Sequence[Result], curves: Sequence[Curve], metric: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     behind = len(shown) - _MOST_COLORS
     for place, result in reversed([*enumerate(shown)]):  # the best are drawn last, over the others
         steps, medians, lows, highs = (list(column) for column in zip(*curves[place], strict=True))
@@ -181,7 +202,7 @@ def _draw_curves(axes: Axes, shown: Sequence[Result], curves: Sequence[Curve], m
             axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
     axes.set_xlabel("step")
     axes.set_ylabel(f"validation_{metric}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(

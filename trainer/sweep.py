@@ -14,6 +14,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from trainer import comparison
+from trainer.by_label import deciding
 from trainer.commands import check_model
 from trainer.config import RunConfig
 from trainer.description import load
@@ -134,8 +135,7 @@ class _Session:
 
     def run(self, settings: list[Setting], configs: list[RunConfig]) -> str:
         """Train the settings, and after them, where optimizers are tried, the model's with the best of the tables'."""
-        evaluation = configs[0].evaluation
-        self._metric, self._higher_is_better = evaluation.metric, evaluation.higher_is_better
+        self._metric, self._higher_is_better = deciding(configs[0]), configs[0].evaluation.higher_is_better
         rounds = 1 if self._asked.overs else 2
         later = len(dense_optimizers()) * (rounds - 1)
         total = (len(settings) + later) * self._asked.seeds
@@ -175,8 +175,8 @@ class _Session:
         if isinstance(found, str):
             return f"{trial.name}: failed: {found}"
         step, value = found.best(higher_is_better=self._higher_is_better)
-        before = "" if trained else ", trained before"
-        return f"{trial.name}: validation_{self._metric} {value:.5f} at step {step}, {found.seconds:,.0f} s{before}"
+        reached = f"validation_{self._metric} {comparison.written(value)} at step {step}"
+        return f"{trial.name}: {reached}, {found.seconds:,.0f} s{'' if trained else ', trained before'}"
 
     def _best(self) -> Result | None:
         first = ranked(self._results)[0]
