@@ -163,7 +163,7 @@ def test_each_setting_has_the_run_description_that_set_would_make(run: Path) -> 
         (
             ["tables[*].optimizer.lr=0.5"],
             ["tables[0].optimizer.lr=0.1,0.2"],
-            "--set tables[*].optimizer.lr=0.5 would be overridden in part: the sweep itself sets tables[0].optimizer.lr",
+            "--set tables[*].optimizer.lr=0.5 would be overridden in part: the sweep itself sets tables[0].optimizer.l",
         ),
         *(
             (

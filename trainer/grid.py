@@ -188,7 +188,10 @@ _DENSE_ALSO = {"adamw": ("dense_optimizer.weight_decay=0.01",)}  # without, it w
 
 
 def table_optimizers(config: RunConfig, *, on_gpu: bool) -> Axis:
-    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings."""
+    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings.
+
+    The run's own optimizers are tried as well.
+    """
     apart = [table.sharding == ("data_parallel",) for table in config.tables]
     splits = {"column_wise", "table_column_wise", "grid_shard"}
     whole = not any(table.sharding and set(table.sharding) <= splits for table in config.tables)
