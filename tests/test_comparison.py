@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tests.resources import largest_file
-from trainer.comparison import PICTURE, curve_of, draw, summary, table
+from trainer.comparison import PICTURE, curve_of, draw, summary, table, ties
 from trainer.errors import OutputError
 from trainer.grid import Setting
 from trainer.trials import Outcome, Result
@@ -74,6 +74,27 @@ def test_test_metrics_do_not_decide() -> None:
     better = result("better", [outcome(0.6, auc=0.1)])
     worse = result("worse", [outcome(0.5, auc=0.9)])
     assert [row["setting"] for row in summary([worse, better], "auc")] == ["better", "worse"]
+
+
+def test_settings_with_the_same_numbers_at_every_scoring_of_every_seed_are_named_with_what_they_differ_in() -> None:
+    def of(overrides: tuple[str, ...], *values: float, failure: tuple[str, ...] = ()) -> Result:
+        outcomes = {n: outcome(value, value / 2, seconds=n) for n, value in enumerate(values)}
+        return Result(Setting(",".join(overrides), overrides), outcomes, dict(enumerate(failure, 9)), True)
+
+    once, again = of(("lr=1", "loss.gamma=1"), 0.5, 0.6), of(("lr=1", "loss.gamma=2"), 0.5, 0.6)
+    thrice = of(("lr=1", "loss.gamma=3", "loss.alpha=0.5"), 0.5, 0.6)
+    other, half = of(("lr=2", "loss.gamma=1"), 0.5, 0.7), of(("lr=3",), 0.5, 0.6, failure=("no rows",))
+    assert ties([once, other, again, half, NONE, NONE]) == [
+        "lr=1,loss.gamma=1 and lr=1,loss.gamma=2 gave the same numbers: loss.gamma has no effect there"
+    ]
+    assert ties([once, again, thrice]) == [
+        "lr=1,loss.gamma=1, lr=1,loss.gamma=2 and lr=1,loss.gamma=3,loss.alpha=0.5 gave the same numbers: "
+        "loss.gamma, loss.alpha have no effect there"
+    ]
+    assert ties([once, other, half]) == []
+    assert ties([of(("lr=8",), 0.5, 0.5), of(("lr=9",), 0.5, 0.5)]) == [], "both predict a constant"
+    better = Result(Setting("c", ()), {n: outcome(v, v / 2, auc=0.9) for n, v in enumerate((0.5, 0.6))}, {}, True)
+    assert ties([once, better]) == [], "test metrics differ"
 
 
 def test_of_several_labels_the_metric_of_each_is_shown_and_all_of_the_one_that_decides() -> None:

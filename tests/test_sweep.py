@@ -181,6 +181,11 @@ def test_of_several_labels_what_decides_is_named_with_its_label(tmp_path: Path, 
     assert "data.epochs=1,seed=1: validation_auc/click 0.00000 at step 5" in said.errors
 
 
+def test_an_option_without_effect_is_said_to_have_none(tmp_path: Path, scores: type[Scores]) -> None:
+    said = sweep(tmp_path, "--over", "loss.gamma=1,2")
+    assert "\nloss.gamma=1 and loss.gamma=2 gave the same numbers: loss.gamma has no effect there\n" in said.output
+
+
 def test_where_all_failed_the_table_says_why_and_nothing_is_recommended(tmp_path: Path, scores: type[Scores]) -> None:
     scores.scores = {"error": 1}
     said = sweep(tmp_path, "--over", "data.epochs=1,2")

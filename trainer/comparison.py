@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from trainer.errors import OutputError
+from trainer.grid import Setting, key_of
 from trainer.location import replacing
 from trainer.trials import Result, ranked
 
@@ -76,6 +77,31 @@ def _shown_beside(names: Sequence[str], metric: str) -> list[str]:
     others = [f"test_{other}{slash}{task}" for other in ("auc", "logloss_nats")]
     return [name for name in dict.fromkeys([*first, *others]) if name in names]
 
+
+def ties(results: Sequence[Result]) -> list[str]:
+    """A line for each group of settings whose runs were scored alike to the last digit: what they set does nothing.
+
+    Settings of which all runs ended as a constant, whose AUC is 0.5, may be as different as they like.
+    """
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        if result.outcomes and not result.failures and set(result.bests) != {_AUC_OF_A_CONSTANT}:
+            runs = sorted(result.outcomes.items())
+            scored = tuple((seed, run.evaluations, tuple(sorted(run.test.items()))) for seed, run in runs)
+            groups.setdefault(scored, []).append(result)
+    return [_tie([result.setting for result in group]) for group in groups.values() if len(group) > 1]
+
+
+def _tie(settings: Sequence[Setting]) -> str:
+    *others, last = [setting.name for setting in settings]
+    shared = set.intersection(*(set(setting.overrides) for setting in settings))
+    apart = [override for setting in settings for override in setting.overrides if override not in shared]
+    keys = [*dict.fromkeys(key_of(override) for override in apart)]
+    have = "has" if len(keys) == 1 else "have"
+    return f"{', '.join(others)} and {last} gave the same numbers: {', '.join(keys)} {have} no effect there"
+
+
+_AUC_OF_A_CONSTANT = 0.5
 
 _LARGE = 1e4
 """What no metric of a run that learns comes near."""

@@ -235,7 +235,7 @@ class _Session:
             settings=rows,
         )
         picture = comparison.draw(self._results, self._metric, self._output)
-        shown = comparison.table(self._results, self._metric)
+        shown = "\n".join([comparison.table(self._results, self._metric), *comparison.ties(self._results)])
         if best is None:
             sys.stdout.write(f"{shown}\n")
             sys.stdout.flush()
