@@ -22,6 +22,8 @@ from trainer.grid import Setting, Trial
 from trainer.trials import Outcome, StoppedError
 
 KINDS = "tables[*].optimizer.kind"
+EMBEDDING = '{name="embedding",features=["f*"],dim=8,rows=100}'
+LINEAR = '{name="fc",role="linear",features=["f*"],dim=1,rows=100}'
 
 
 @pytest.mark.timeout(600)
@@ -186,6 +188,27 @@ def test_an_option_without_effect_is_said_to_have_none(tmp_path: Path, scores: t
     assert "\nloss.gamma=1 and loss.gamma=2 gave the same numbers: loss.gamma has no effect there\n" in said.output
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (
+            "--set",
+            f"tables=[{EMBEDDING}]",
+            "--over",
+            'model={kind="deepfm",hidden=[8],linear="projection"},{kind="dcn",hidden=[8]},{kind="dnn",hidden=[8]}',
+        ),
+        ("--zip", "--over", "model.kind=deepfm,dnn", "--over", f"tables=[{EMBEDDING},{LINEAR}],[{EMBEDDING}]"),
+    ],
+)
+def test_kinds_of_models_are_compared_as_the_page_says(
+    tmp_path: Path, scores: type[Scores], axes: tuple[str, ...]
+) -> None:
+    said = sweep(tmp_path, *axes)
+    assert said.code == 0, said.errors
+    kinds = {trial.description["model"]["kind"] for trial in scores.trained}
+    assert kinds == ({"deepfm", "dnn"} if "--zip" in axes else {"deepfm", "dcn", "dnn"})
+
+
 def test_where_all_failed_the_table_says_why_and_nothing_is_recommended(tmp_path: Path, scores: type[Scores]) -> None:
     scores.scores = {"error": 1}
     said = sweep(tmp_path, "--over", "data.epochs=1,2")
@@ -242,6 +265,10 @@ def test_a_signal_ends_it_with_the_code_to_restart_on_and_handlers_are_as_before
         (
             ("--over", "tables[*].features=['f*'],['x*']"),
             "error: features=x: table 'embedding': features: 'x*' matches no",
+        ),
+        (
+            ("--over", "model.kind=deepfm,dnn"),
+            "error: model.kind=dnn: table 'fc' has role 'linear', which model.kind 'dnn' does not read; leave it out",
         ),
         (("--over", "data.epochs=1,1"), "error: --over data.epochs has the value 1 2 times"),
         (("--over", "data.epochs=1", "--set", "data.validation=[]"), "error: data.validation is empty"),
