@@ -15,13 +15,15 @@ from matplotlib.image import imread
 
 from tests.command_line import Outcome as Said
 from tests.command_line import call, digests
-from tests.small_data import run_plain, write_toml
+from tests.small_data import run_plain, write_click_log, write_toml
 from trainer import sweep as sweep_module
 from trainer.errors import RunFailedError
-from trainer.grid import Trial
+from trainer.grid import Setting, Trial
 from trainer.trials import Outcome, StoppedError
 
 KINDS = "tables[*].optimizer.kind"
+EMBEDDING = '{name="embedding",features=["f*"],dim=8,rows=100}'
+LINEAR = '{name="fc",role="linear",features=["f*"],dim=1,rows=100}'
 
 
 @pytest.mark.timeout(600)
@@ -98,6 +100,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> type[Scores]:
 
 
 def sweep(directory: Path, *words: str) -> Said:
+    write_click_log(directory, rows=64)
     run = write_toml(directory / "run.toml", run_plain(directory))
     return call("sweep", run, "--output", directory / "sweep", *words)
 
@@ -113,6 +116,7 @@ def test_optimizers_are_tried_for_the_tables_then_for_the_model_beside_the_best_
     settings = list(dict.fromkeys(trial.setting for trial in scores.trained))
     first = [setting for setting in settings if not any("dense" in override for override in setting.overrides)]
     second = settings[len(first) :]
+    assert [setting for setting in first if not setting.overrides] == [Setting("tables=own", ())]
     assert all(list(setting.overrides[:2]) == best for setting in second)
     names = [setting.name.rpartition("=")[2] for setting in second]
     assert names == ["adam-3e-4", "adam-1e-3", "adamw-1e-3", "adamw-3e-3", "adagrad-0.01", "adagrad-0.03"], (
@@ -124,12 +128,85 @@ def test_optimizers_are_tried_for_the_tables_then_for_the_model_beside_the_best_
     assert len(scores.trained) == 2 * len(settings) == len({trial.name for trial in scores.trained})
 
 
+def test_the_runs_own_optimizers_may_be_the_best(tmp_path: Path, scores: type[Scores]) -> None:
+    scores.scores = {f"{KINDS}={kind}": -0.1 for kind in ("sgd", "adagrad", "rowwise_adagrad")}
+    scores.scores |= {f"dense_optimizer.kind={kind}": -0.1 for kind in ("adam", "adamw", "adagrad")}
+    said = sweep(tmp_path, "--optimizers")
+    assert ": tables=own\n" in said.output
+    assert shlex.split(said.output.splitlines()[-2])[4:] == [
+        str(tmp_path / "run.toml"),
+        "--set",
+        f"output={tmp_path}/sweep-best",
+    ]
+    assert len(scores.trained) == 17
+
+
+def test_the_runs_own_optimizers_are_not_tried_twice(tmp_path: Path, scores: type[Scores]) -> None:
+    write_click_log(tmp_path, rows=64)
+    plain = run_plain(tmp_path)
+    for table in plain["tables"]:
+        table["optimizer"] = {"kind": "adagrad", "lr": 0.2}
+    said = call("sweep", write_toml(tmp_path / "run.toml", plain), "--optimizers")
+    assert said.code == 0, said.errors
+    assert "tables=own" not in said.output
+    assert "tables=adagrad-0.2" in said.output
+
+
+def test_optimizers_that_the_kernels_lack_are_named_and_not_tried(tmp_path: Path, scores: type[Scores]) -> None:
+    said = sweep(tmp_path, "--optimizers", "--set", "tables[*].optimizer.weight_decay=0.1")
+    assert said.code == 0, said.errors
+    kinds = {override for trial in scores.trained for override in trial.setting.overrides if "tables" in override}
+    assert {kind for kind in kinds if "kind" in kind} == {f"{KINDS}=rowwise_adagrad"}
+    (line,) = [line for line in said.errors.splitlines() if line.startswith("not tried")]
+    assert line.startswith(
+        "not tried, as these would be refused: tables=sgd-0.1, tables=sgd-1, tables=sgd-10, tables=ada"
+    )
+    assert line.endswith("use 'rowwise_adagrad', or sharding = ['data_parallel']")
+
+
 def test_the_worst_log_loss_does_not_win(tmp_path: Path, scores: type[Scores]) -> None:
     scores.scores = {"data.epochs=1": 0.7, "data.epochs=2": 0.3, "data.epochs=3": 0.5}
     said = sweep(tmp_path, "--over", "data.epochs=1,2,3", "--set", "evaluation.metric=logloss_nats")
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))["settings"]
     assert [row["validation_logloss_nats"] for row in rows] == [0.3, 0.5, 0.7]
     assert "best by validation_logloss_nats: data.epochs=2\n" in said.output
+
+
+def test_of_several_labels_what_decides_is_named_with_its_label(tmp_path: Path, scores: type[Scores]) -> None:
+    plain = run_plain(tmp_path, data={"labels": ["click", "user_id"], "user": ""}, model={"tower": [4], "experts": 2})
+    plain["tables"], plain["model"]["kind"] = plain["tables"][:1], "mmoe"
+    write_click_log(tmp_path, rows=64)
+    said = call("sweep", write_toml(tmp_path / "run.toml", plain), "--over", "data.epochs=1,2", "--jobs", "2")
+    assert said.code == 0, said.errors
+    assert said.output.split()[:2] == ["setting", "validation_auc/click"]
+    assert "best by validation_auc/click: data.epochs=1\n" in said.output
+    assert "data.epochs=1,seed=1: validation_auc/click 0.00000 at step 5" in said.errors
+
+
+def test_an_option_without_effect_is_said_to_have_none(tmp_path: Path, scores: type[Scores]) -> None:
+    said = sweep(tmp_path, "--over", "loss.gamma=1,2")
+    assert "\nloss.gamma=1 and loss.gamma=2 gave the same numbers: loss.gamma has no effect there\n" in said.output
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (
+            "--set",
+            f"tables=[{EMBEDDING}]",
+            "--over",
+            'model={kind="deepfm",hidden=[8],linear="projection"},{kind="dcn",hidden=[8]},{kind="dnn",hidden=[8]}',
+        ),
+        ("--zip", "--over", "model.kind=deepfm,dnn", "--over", f"tables=[{EMBEDDING},{LINEAR}],[{EMBEDDING}]"),
+    ],
+)
+def test_kinds_of_models_are_compared_as_the_page_says(
+    tmp_path: Path, scores: type[Scores], axes: tuple[str, ...]
+) -> None:
+    said = sweep(tmp_path, *axes)
+    assert said.code == 0, said.errors
+    kinds = {trial.description["model"]["kind"] for trial in scores.trained}
+    assert kinds == ({"deepfm", "dnn"} if "--zip" in axes else {"deepfm", "dcn", "dnn"})
 
 
 def test_where_all_failed_the_table_says_why_and_nothing_is_recommended(tmp_path: Path, scores: type[Scores]) -> None:
@@ -161,7 +238,38 @@ def test_a_signal_ends_it_with_the_code_to_restart_on_and_handlers_are_as_before
     [
         (("--over", "data.epoch=1,2"), "error: unknown key data.epoch; did you mean data.epochs?"),
         (("--over", "data.epochs="), "error: --over data.epochs= has an empty value"),
-        (("--over", "model.dropot=0,0.5"), "error: model: unknown option for model kind 'deepfm': 'dropot'"),
+        (
+            ("--over", "model.dropot=0,0.5"),
+            "error: model.dropot=0: model: unknown option for model kind 'deepfm': 'dropot'",
+        ),
+        (
+            ("--over", "model.hidden=[8],[16],64"),
+            "error: model.hidden=64: model: model option hidden=64 must be a list",
+        ),
+        (
+            ("--over", "data.epochs=1,2", "--set", "model.hidden=64"),
+            "error: model: model option hidden=64 must be a list",
+        ),
+        (
+            ("--over", "data.epochs=1,2", "--ranks", "3"),
+            "error: data.streams = 4 cannot be shared equally by 3 ranks; use a multiple, such as 6",
+        ),
+        (
+            ("--over", "data.epochs=1,2", "--set", "data.validation=['no*']"),
+            "error: data.validation: no* matches no file",
+        ),
+        (
+            ("--over", "data.train=['no.parquet']"),
+            "error: data.train=no.parquet: data.train: no.parquet does not exist",
+        ),
+        (
+            ("--over", "tables[*].features=['f*'],['x*']"),
+            "error: features=x: table 'embedding': features: 'x*' matches no",
+        ),
+        (
+            ("--over", "model.kind=deepfm,dnn"),
+            "error: model.kind=dnn: table 'fc' has role 'linear', which model.kind 'dnn' does not read; leave it out",
+        ),
         (("--over", "data.epochs=1,1"), "error: --over data.epochs has the value 1 2 times"),
         (("--over", "data.epochs=1", "--set", "data.validation=[]"), "error: data.validation is empty"),
         (("--over", "data.epochs=1", "--seeds", "0"), "error: --seeds is 0, expected 1 or more"),

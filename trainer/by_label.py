@@ -55,16 +55,22 @@ def named(values: Mapping[str, float], label: str, labels: Sequence[str]) -> dic
     return {f"{key}/{label}": value for key, value in values.items()} if len(labels) > 1 else dict(values)
 
 
+def deciding(config: RunConfig) -> str:
+    """The name, without a prefix, of the metric that best checkpoint and early stopping go by."""
+    labels = config.data.labels
+    (key,) = named({config.evaluation.metric: 0.0}, config.evaluation.task or labels[0], labels)
+    return key
+
+
 def decided(metrics: Mapping[str, float], config: RunConfig, prefix: str) -> float:
     """The metric that best checkpoint and early stopping go by.
 
     Raises:
         OneClassError: the scored rows leave it undefined, which only one of several labels is left to be.
     """
-    labels = config.data.labels
-    label = config.evaluation.task or labels[0]
-    (key,) = named({f"{prefix}_{config.evaluation.metric}": 0.0}, label, labels)
+    key = f"{prefix}_{deciding(config)}"
     if key not in metrics:
+        label = config.evaluation.task or config.data.labels[0]
         raise OneClassError(
             f"label {label!r}: {config.evaluation.metric} needs both classes, and the {prefix} rows have one; score "
             "more rows or let another label decide (evaluation.task)"

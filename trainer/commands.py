@@ -111,7 +111,9 @@ def check_model(config: RunConfig) -> None:
             table.role == "embedding" and not models.MODELS[kind].NEEDS_EMBEDDINGS
         )
         if unread:
-            raise ConfigError(f"table {table.name!r} has role {table.role!r}, which model.kind {kind!r} does not read")
+            raise ConfigError(
+                f"table {table.name!r} has role {table.role!r}, which model.kind {kind!r} does not read; leave it out"
+            )
 
 
 def _written_in(output: Location) -> list[Location]:

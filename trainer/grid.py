@@ -73,6 +73,9 @@ def axes_of(overs: Sequence[str]) -> list[Axis]:
             raise ConfigError(f"--over {key}: the sweep itself sets {key}; say {_RESERVED[key]}")
         if keys.count(key) > 1:
             raise ConfigError(f"--over {key} is given {keys.count(key)} times; give all its values to one")
+    for first, second in itertools.combinations(keys, 2):
+        if overlap(first, second):
+            raise ConfigError(f"--over {first} and --over {second} set some of the same; leave one out")
     return [
         _axis(key, over.partition("=")[2], short) for key, over, short in zip(keys, overs, _short(keys), strict=True)
     ]
@@ -185,7 +188,10 @@ _DENSE_ALSO = {"adamw": ("dense_optimizer.weight_decay=0.01",)}  # without, it w
 
 
 def table_optimizers(config: RunConfig, *, on_gpu: bool) -> Axis:
-    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings."""
+    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings.
+
+    The run's own optimizers are tried as well.
+    """
     apart = [table.sharding == ("data_parallel",) for table in config.tables]
     splits = {"column_wise", "table_column_wise", "grid_shard"}
     whole = not any(table.sharding and set(table.sharding) <= splits for table in config.tables)
@@ -226,28 +232,80 @@ def configs_of(path: Path, shared: Sequence[str], settings: Sequence[Setting]) -
     Raises:
         ConfigError: one is wrong, two are the same, or they cannot be compared by validation.
     """
+    swept = dict.fromkeys(key_of(override) for setting in settings for override in setting.overrides)
     for override in shared:
-        key = override.partition("=")[0].strip()
-        if key == "output":
-            raise ConfigError(f"--set {override}: the sweep itself sets output; say --output DIR")
-        if key in {over.partition("=")[0].strip() for setting in settings for over in setting.overrides}:
-            raise ConfigError(f"--set {override} would have no effect: the sweep itself sets {key}; leave one out")
+        _refuse_overridden(override, swept)
     configs = [load(path, [*shared, *setting.overrides]) for setting in settings]
     for number, config in enumerate(configs):
         if not config.data.validation:
             raise ConfigError("data.validation is empty, and a sweep chooses by it; name files to score")
-        for key, own, first in (
-            ("evaluation.metric", config.evaluation.metric, configs[0].evaluation.metric),
-            ("data.validation", config.data.validation, configs[0].data.validation),
-        ):
-            if own != first:
-                raise ConfigError(
-                    f"{key} is not the same in all settings, which then cannot be compared; leave it alone"
-                )
+        _refuse_other_scores(config, configs[0])
         if config in configs[:number]:
             same = settings[configs.index(config)].name
             raise ConfigError(f"{settings[number].name} is the same run as {same}; leave one of them out")
     return configs
+
+
+def _refuse_overridden(override: str, swept: Iterable[str]) -> None:
+    """Refuse a ``--set`` of which the settings leave nothing, or not all."""
+    key = key_of(override)
+    if key == "output":
+        raise ConfigError(f"--set {override}: the sweep itself sets output; say --output DIR")
+    for own in swept:
+        if _covers(own, key):
+            raise ConfigError(f"--set {override} would have no effect: the sweep itself sets {own}; leave one out")
+        if overlap(own, key):
+            raise ConfigError(
+                f"--set {override} would be overridden in part: the sweep itself sets {own}; set only what is left"
+            )
+
+
+def key_of(override: str) -> str:
+    """The key of ``key=value``."""
+    return override.partition("=")[0].strip()
+
+
+def overlap(key: str, other: str) -> bool:
+    """Whether setting one key sets some of what the other sets.
+
+    >>> overlap("model.hidden", "model"), overlap("tables[0]", "tables[*].rows"), overlap("data", "data_2")
+    (True, True, False)
+    >>> overlap("tables.0.rows", "tables[0].rows"), overlap("tables[0].rows", "tables[1].rows")
+    (True, False)
+    """
+    return all(a == b or "*" in (a, b) for a, b in zip(_path(key), _path(other), strict=False))
+
+
+def _covers(key: str, other: str) -> bool:
+    """Whether setting ``key`` sets all of what ``other`` sets."""
+    path, inner = _path(key), _path(other)
+    return len(path) <= len(inner) and all(a in ("*", b) for a, b in zip(path, inner, strict=False))
+
+
+def _path(key: str) -> list[str]:
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    return [str(int(part)) if part.isdecimal() else part for part in parts]
+
+
+def _refuse_other_scores(config: RunConfig, first: RunConfig) -> None:
+    """Refuse settings whose validation, or test data, are not scored alike."""
+    labels = [each.evaluation.task or each.data.labels[0] for each in (config, first)]
+    chosen = "evaluation.task" if config.evaluation.task != first.evaluation.task else "data.labels"
+    users = [each.data.user if each.evaluation.metric == "gauc" else "" for each in (config, first)]
+    for key, own, other, how in (
+        ("evaluation.metric", config.evaluation.metric, first.evaluation.metric, "by different metrics"),
+        ("data.validation", config.data.validation, first.data.validation, "on different rows"),
+        ("data.test", config.data.test, first.data.test, "on different rows"),
+        (chosen, *labels, "on different labels"),
+        ("data.weight", config.data.weight, first.data.weight, "with different weights of the same rows"),
+        ("data.missing_labels", config.data.missing_labels, first.data.missing_labels, "with and without null labels"),
+        ("data.user", *users, "over different groups of rows"),
+    ):
+        if own != other:
+            raise ConfigError(
+                f"{key} is not the same in all settings, which would be scored {how} and cannot be compared; "
+                "leave it alone"
+            )
 
 
 def trials_of(settings: Sequence[Setting], configs: Sequence[RunConfig], num_seeds: int) -> list[Trial]:

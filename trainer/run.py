@@ -22,6 +22,7 @@ from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
 from trainer.location import Location, locate, write_atomically
 from trainer.lock import make_output
 from trainer.manifest import Manifest
+from trainer.optim import check_sparse
 from trainer.order import streams_of
 from trainer.recipe import LossConfig
 from trainer.remote import Remote
@@ -30,7 +31,7 @@ from trainer.schema import Columns, features_of, resolve_columns, resolve_transf
 from trainer.sharding import host_bytes, plan_rows
 from trainer.state import TrainState, build_model, build_state
 from trainer.storage import Reader
-from trainer.tables import MOMENTS
+from trainer.tables import MOMENTS, lay_out
 from trainer.world import World
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
@@ -187,6 +188,39 @@ def start(inputs: Inputs, world: World, begin: Callable[[Inputs, World, int], Tr
             checkpoint.retain(directory, manifest, inputs.config.checkpoint.keep, higher_is_better=higher_is_better)
     state = load_state(path, manifest, inputs.config, len(inputs.columns.dense), world, epoch_steps)
     return Run(inputs, state, manifest.cursor, manifest.evaluations, is_saved=True)
+
+
+def check_ahead(config: RunConfig, ranks: int, opened: dict[tuple[str, ...], Dataset]) -> None:
+    """Refuse what a run of so many ranks would refuse once it had begun, as far as footers of files show it.
+
+    ``opened``: data sets by their patterns, those of earlier calls; what is opened is added.
+
+    Raises:
+        DataError: the ranks cannot share the streams, or files or columns are missing or wrong.
+        ConfigError: the model cannot be built as described.
+    """
+    streams_of(0, ranks, config.data.streams)
+    datasets = []
+    for name in ("train", "validation", "test"):
+        patterns = getattr(config.data, name)
+        if patterns and patterns not in opened:
+            opened[patterns] = open_dataset(patterns, f"data.{name}")
+        datasets += [opened[patterns]] if patterns else []
+    columns = resolve_columns(config.data, config.tables, *datasets)
+    tables = tuple(_resolved(table, columns) for table in config.tables)
+    with torch.device("meta"):
+        build_model(dataclasses.replace(config, tables=tables), len(columns.dense))
+
+
+def check_kernels(config: RunConfig, ranks: int, device: torch.device) -> None:
+    """Refuse optimizers of tables that the kernels of a device do not have, wherever the tables come to lie.
+
+    Raises:
+        ConfigError: as ``check_sparse``.
+    """
+    for table in lay_out(config.tables, ranks, pack=config.sharding.pack):
+        replicated = table.first.sharding == ("data_parallel",)
+        check_sparse(table, device, data_parallel=replicated, host_kernels=config.sharding.host_kernels)
 
 
 def _check_size(inputs: Inputs, world: World) -> None:

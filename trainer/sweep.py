@@ -14,11 +14,13 @@ from types import FrameType
 from tqdm import tqdm
 
 from trainer import comparison
+from trainer.by_label import deciding
 from trainer.commands import check_model
 from trainer.config import RunConfig
+from trainer.dataset import Dataset
 from trainer.description import load
 from trainer.ending import RESTART
-from trainer.errors import ConfigError, RunFailedError
+from trainer.errors import ConfigError, RunFailedError, UserError
 from trainer.grid import (
     Setting,
     Trial,
@@ -31,6 +33,7 @@ from trainer.grid import (
 )
 from trainer.location import Location, locate
 from trainer.lock import locked
+from trainer.run import check_ahead, check_kernels
 from trainer.trials import (
     LOGS,
     RECORD,
@@ -84,8 +87,7 @@ def sweep(asked: Sweep) -> str:
     output = asked.output or _beside(base)
     settings = _first_settings(asked, base)
     configs = configs_of(asked.config, asked.shared, settings)
-    for config in configs:
-        check_model(config)
+    _check(asked, base, settings, configs)
     with locked(output), _ended_by_signals():
         runner = Processes(asked.config, asked.shared, output, ranks=asked.ranks, jobs=asked.jobs)
         return _Session(asked, base, Record.of(output), runner).run(settings, configs)
@@ -101,9 +103,49 @@ def _beside(base: RunConfig) -> Path:
 def _first_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
     if asked.overs:
         return settings_over(asked.overs, pairs=asked.pairs)
+    return _table_settings(asked, base)
+
+
+def _table_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
+    """The run's own optimizers of tables, and those that are tried in their place; without what would be refused."""
     import torch
 
-    return product([table_optimizers(base, on_gpu=torch.cuda.is_available())])
+    on_gpu = torch.cuda.is_available()
+    own, others = Setting("tables=own", ()), product([table_optimizers(base, on_gpu=on_gpu)])
+    found: dict[Setting, RunConfig] = {}
+    refused: dict[str, ConfigError] = {}
+    for setting in (*others, own):
+        try:
+            config = load(asked.config, [*asked.shared, *setting.overrides])
+            check_kernels(config, asked.ranks, torch.device("cuda" if on_gpu else "cpu"))
+        except ConfigError as error:
+            refused[setting.name] = error
+        else:
+            if config not in found.values():
+                found[setting] = config
+    if not found:
+        raise refused[own.name]
+    if refused:
+        sys.stderr.write(f"not tried, as these would be refused: {', '.join(refused)}: {[*refused.values()][-1]}\n")
+    return [*found]
+
+
+def _check(asked: Sweep, base: RunConfig, settings: Sequence[Setting], configs: Sequence[RunConfig]) -> None:
+    """Refuse what would end a run at its start, hours from now; names the setting, if it is to blame."""
+    opened: dict[tuple[str, ...], Dataset] = {}
+
+    def refusal(config: RunConfig) -> UserError | None:
+        try:
+            check_model(config)
+            check_ahead(config, asked.ranks, opened)
+        except UserError as error:
+            return error
+        return None
+
+    for setting, config in zip(settings, configs, strict=True):
+        error = refusal(config)
+        if error is not None:
+            raise error if str(error) == str(refusal(base)) else type(error)(f"{setting.name}: {error}")
 
 
 @contextmanager
@@ -134,8 +176,7 @@ class _Session:
 
     def run(self, settings: list[Setting], configs: list[RunConfig]) -> str:
         """Train the settings, and after them, where optimizers are tried, the model's with the best of the tables'."""
-        evaluation = configs[0].evaluation
-        self._metric, self._higher_is_better = evaluation.metric, evaluation.higher_is_better
+        self._metric, self._higher_is_better = deciding(configs[0]), configs[0].evaluation.higher_is_better
         rounds = 1 if self._asked.overs else 2
         later = len(dense_optimizers()) * (rounds - 1)
         total = (len(settings) + later) * self._asked.seeds
@@ -175,8 +216,8 @@ class _Session:
         if isinstance(found, str):
             return f"{trial.name}: failed: {found}"
         step, value = found.best(higher_is_better=self._higher_is_better)
-        before = "" if trained else ", trained before"
-        return f"{trial.name}: validation_{self._metric} {value:.5f} at step {step}, {found.seconds:,.0f} s{before}"
+        reached = f"validation_{self._metric} {comparison.written(value)} at step {step}"
+        return f"{trial.name}: {reached}, {found.seconds:,.0f} s{'' if trained else ', trained before'}"
 
     def _best(self) -> Result | None:
         first = ranked(self._results)[0]
@@ -194,7 +235,7 @@ class _Session:
             settings=rows,
         )
         picture = comparison.draw(self._results, self._metric, self._output)
-        shown = comparison.table(self._results, self._metric)
+        shown = "\n".join([comparison.table(self._results, self._metric), *comparison.ties(self._results)])
         if best is None:
             sys.stdout.write(f"{shown}\n")
             sys.stdout.flush()
