@@ -111,8 +111,8 @@ def test_each_label_has_a_probability_of_its_own(tmp_path: Path) -> None:
     for path in tmp_path.glob("*/*.parquet"):
         test_multitask.add_labels(path)
     (tmp_path / "test").rename(tmp_path / "rows")
-    plain = test_multitask.described(tmp_path, "run", "uncertainty", 3)
-    plain["model"] |= {"activation": "gelu"}
+    plain = test_multitask.described(tmp_path, "run", "mmoe_uncertainty", 3)
+    plain["model"] = plain["model"] | {"activation": "gelu"}
     plain["data"] |= {"test": []}
     path = exported(tmp_path, plain, max_length=1)
     rows = pq.read_table(tmp_path / "rows").select(["f0", "f1", "f2", "m0", "d0", "d1"]).to_pylist()
