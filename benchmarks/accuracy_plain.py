@@ -80,18 +80,18 @@ def train(path: Path, seed: int) -> dict[str, float]:
     """Train by the run description at ``path``; the test metrics of the best epoch by validation AUC."""
     run = tomllib.loads(path.read_text(encoding="utf-8"))
     torch.manual_seed(seed)
-    num_rows = len(read(run, "train")[1])
-    return fit(run, Plain(run), lambda _: torch.randperm(num_rows).split(run["data"]["global_batch_size"]))
+    return fit(run, Plain(run), lambda _, num_rows: torch.randperm(num_rows).split(run["data"]["global_batch_size"]))
 
 
-def fit(run: dict[str, Any], model: Plain, order: Callable[[int], Iterable[Tensor]]) -> dict[str, float]:
-    """Train a model; ``order(epoch)`` are the rows of each of the epoch's steps, [b]."""
+def fit(run: dict[str, Any], model: Plain, order: Callable[[int, int], Iterable[Tensor]]) -> dict[str, float]:
+    """Train a model; ``order(epoch, num_rows)`` are the rows of each of the epoch's steps, [b]."""
     splits = {split: read(run, split) for split in ("train", "validation", "test")}
     lr, l2 = run["dense_optimizer"]["lr"], {t["optimizer"]["weight_decay"] for t in run["tables"]}.pop()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    num_rows, max_grad_norm = len(splits["train"][1]), run["dense_optimizer"]["max_grad_norm"]
     best, without, epochs, kept = -1.0, 0, 0, model.state_dict()
     while without < run["evaluation"]["patience"] and epochs < run["data"]["epochs"]:
-        _epoch(model, optimizer, splits["train"], order(epochs), l2, run["dense_optimizer"]["max_grad_norm"])
+        _epoch(model, optimizer, splits["train"], order(epochs, num_rows), l2, max_grad_norm)
         epochs += 1
         auc = score(model, *splits["validation"])["auc"]
         if auc > best + 1e-6:

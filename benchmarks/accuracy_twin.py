@@ -6,7 +6,7 @@ as in models whose weights outside the tables start at 0, and which have no laye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def train(path: Path, seed: int) -> dict[str, float]:
     plain_run = to_plain(run)
     model = accuracy_plain.Plain(plain_run)
     start_alike(model, run, seed)
-    return accuracy_plain.fit(plain_run, model, lambda epoch: rows_of_steps(run, seed, epoch))
+    return accuracy_plain.fit(plain_run, model, order_of(run, seed))
 
 
 def start_alike(model: accuracy_plain.Plain, run: RunConfig, seed: int) -> None:
@@ -46,19 +46,24 @@ def start_alike(model: accuracy_plain.Plain, run: RunConfig, seed: int) -> None:
         weights[f"{table.name}.weight"].data.copy_(torch.from_numpy(rows))
 
 
-def rows_of_steps(run: RunConfig, seed: int, epoch: int) -> Iterator[Tensor]:
-    """The rows of each step of an epoch: int64 places [b] among the rows of all files of ``data.train``."""
+def order_of(run: RunConfig, seed: int) -> Callable[[int, int], Iterator[Tensor]]:
+    """What gives the rows of each step of an epoch: int64 places [b] among the rows of all files of ``data.train``."""
     dataset = open_dataset(run.data.train, "data.train")
-    batches = read_batches(
-        dataset,
-        resolve_columns(run.data, run.tables, dataset),
-        run.data,
-        seed=seed,
-        rank=0,
-        world_size=1,
-        start=Cursor(epoch, 0),
-        epochs=epoch + 1,
-        shuffle=run.data.shuffle,
-    )
-    for batch in batches:
-        yield torch.from_numpy(batch.row_numbers[: batch.num_rows])
+    columns = resolve_columns(run.data, run.tables, dataset)
+
+    def rows_of_steps(epoch: int, num_rows: int) -> Iterator[Tensor]:
+        batches = read_batches(
+            dataset,
+            columns,
+            run.data,
+            seed=seed,
+            rank=0,
+            world_size=1,
+            start=Cursor(epoch, 0),
+            epochs=epoch + 1,
+            shuffle=run.data.shuffle,
+        )
+        for batch in batches:
+            yield torch.from_numpy(batch.row_numbers[: batch.num_rows])
+
+    return rows_of_steps
