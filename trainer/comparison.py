@@ -27,6 +27,8 @@ _LABEL_LETTERS = 48
 _MOST_COLORS = 10
 """Settings that have a color of their own in the picture; those behind them share one."""
 
+_AUC_OF_A_CONSTANT = 0.5
+
 _MOST_LINES = 40
 """Settings that have a line of their own in the picture where each was scored once; those behind them are left out."""
 
@@ -100,8 +102,6 @@ def _tie(settings: Sequence[Setting]) -> str:
     have = "has" if len(keys) == 1 else "have"
     return f"{', '.join(others)} and {last} gave the same numbers: {', '.join(keys)} {have} no effect there"
 
-
-_AUC_OF_A_CONSTANT = 0.5
 
 _LARGE = 1e4
 """What no metric of a run that learns comes near."""

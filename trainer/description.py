@@ -85,7 +85,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         for number in range(_length(data, before)):
             apply_override(data, f"{before}[{number}]{after}={text}")
         return
-    parts = _parts(key.strip())
+    parts = key_parts(key.strip())
     place: Any = data
     for depth, part in enumerate(parts[:-1]):
         place = _step_into(place, part, ".".join(parts[:depth]))
@@ -100,7 +100,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 def _length(data: dict[str, Any], key: str) -> int:
     """Entries of the list at a dotted key."""
     place: Any = data
-    parts = _parts(key)
+    parts = key_parts(key)
     for depth, part in enumerate(parts):
         place = _step_into(place, part, ".".join(parts[:depth]))
     if not isinstance(place, list) or not place:
@@ -110,8 +110,13 @@ def _length(data: dict[str, Any], key: str) -> int:
     return len(place)
 
 
-def _parts(key: str) -> list[str]:
-    return re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+def key_parts(key: str) -> list[str]:
+    """The steps that a key takes.
+
+    >>> key_parts("tables[0].rows"), key_parts("tables.0.rows"), key_parts("tables[*].rows")
+    (['tables', '0', 'rows'], ['tables', '0', 'rows'], ['tables', '*', 'rows'])
+    """
+    return re.sub(r"\[(\d+|\*)\]", r".\1", key).split(".")
 
 
 def _step_into(place: Any, part: str, where: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import RunConfig, to_plain
-from trainer.description import load
+from trainer.description import key_parts, load
 from trainer.errors import ConfigError
 
 _LONGEST_NAME = 120
@@ -188,10 +188,7 @@ _DENSE_ALSO = {"adamw": ("dense_optimizer.weight_decay=0.01",)}  # without, it w
 
 
 def table_optimizers(config: RunConfig, *, on_gpu: bool) -> Axis:
-    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings.
-
-    The run's own optimizers are tried as well.
-    """
+    """What ``--optimizers`` tries for all tables: what there is on this machine for tables of these shardings."""
     apart = [table.sharding == ("data_parallel",) for table in config.tables]
     splits = {"column_wise", "table_column_wise", "grid_shard"}
     whole = not any(table.sharding and set(table.sharding) <= splits for table in config.tables)
@@ -283,8 +280,7 @@ def _covers(key: str, other: str) -> bool:
 
 
 def _path(key: str) -> list[str]:
-    parts = key.replace("[", ".").replace("]", "").split(".")
-    return [str(int(part)) if part.isdecimal() else part for part in parts]
+    return [str(int(part)) if part.isdecimal() else part for part in key_parts(key)]
 
 
 def _refuse_other_scores(config: RunConfig, first: RunConfig) -> None:

@@ -287,12 +287,12 @@ class _Session:
             )
             if metrics:
                 self.evaluations.append((self.step, decided(metrics, run.config, "validation")))
+                self._scale_rates()
+            else:
+                self.interrupted = True
         except OneClassError:
             self._save(is_last=True)  # the rows that were scored are to blame, not what was trained
             raise
-        if metrics:
-            self._scale_rates()
-        self.interrupted |= not metrics
         return metrics
 
     def _scale_rates(self) -> None:

@@ -78,6 +78,17 @@ def check_sparse(table: PhysicalTable, device: torch.device, *, data_parallel: b
         )
 
 
+def check_tables(physical: Iterable[PhysicalTable], device: torch.device, *, host_kernels: bool) -> None:
+    """``check_sparse`` of all tables of a run.
+
+    Raises:
+        ConfigError: as ``check_sparse``.
+    """
+    for table in physical:
+        data_parallel = table.first.sharding == ("data_parallel",)
+        check_sparse(table, device, data_parallel=data_parallel, host_kernels=host_kernels)
+
+
 def fuse_in_backward(
     collection: EmbeddingBagCollection, physical: Sequence[PhysicalTable], data_parallel: Iterable[str]
 ) -> None:

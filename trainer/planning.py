@@ -19,7 +19,7 @@ from trainer.config import RunConfig
 from trainer.dataset import open_dataset
 from trainer.errors import ConfigError, ShardingError
 from trainer.machines import Machine
-from trainer.optim import check_sparse
+from trainer.optim import check_tables
 from trainer.schema import features_of, resolve_columns
 from trainer.sharder import DEVICE_SHARE, sharder_for
 from trainer.sharding import (
@@ -27,7 +27,6 @@ from trainer.sharding import (
     Placements,
     collections_to_plan,
     does_not_fit,
-    is_data_parallel,
     placements_of,
     planner_for,
     rank_bytes,
@@ -156,9 +155,7 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         planned = place(physical, config, cluster)
     except ShardingError as error:
         return found | {"fits": False, "reason": str(error)}
-    for table in physical:
-        replicated = is_data_parallel(planned.placements, table)
-        check_sparse(table, cluster.world.device, data_parallel=replicated, host_kernels=config.sharding.host_kernels)
+    check_tables(physical, cluster.world.device, host_kernels=config.sharding.host_kernels)
     ranks = _ranks(planned, physical, cluster.size)
     return found | {
         "fits": True,

@@ -22,7 +22,6 @@ from trainer.errors import CheckpointError, ConfigError, DataError, OutputError
 from trainer.location import Location, locate, write_atomically
 from trainer.lock import make_output
 from trainer.manifest import Manifest
-from trainer.optim import check_sparse
 from trainer.order import streams_of
 from trainer.recipe import LossConfig
 from trainer.remote import Remote
@@ -31,7 +30,7 @@ from trainer.schema import Columns, features_of, resolve_columns, resolve_transf
 from trainer.sharding import host_bytes, plan_rows
 from trainer.state import TrainState, build_model, build_state
 from trainer.storage import Reader
-from trainer.tables import MOMENTS, lay_out
+from trainer.tables import MOMENTS
 from trainer.world import World
 
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
@@ -112,16 +111,31 @@ def open_inputs(config: RunConfig, world: World) -> Inputs:
     _check_same_config(config, world)
     with world.together():
         streams_of(world.rank, world.size, config.data.streams)
-        train = open_dataset(config.data.train, "data.train")
-        validation = open_dataset(config.data.validation, "data.validation") if config.data.validation else None
-        test = open_dataset(config.data.test, "data.test") if config.data.test else None
-        others = [dataset for dataset in (validation, test) if dataset is not None]
-        columns = resolve_columns(config.data, config.tables, train, *others)
+        datasets = _opened(config, {})
+        columns = resolve_columns(config.data, config.tables, *datasets.values())
+        train = datasets["train"]
         data = resolve_transforms(train, columns, config.data)
         tables = tuple(_resolved(table, columns) for table in config.tables)
-        inputs = Inputs(dataclasses.replace(config, data=data, tables=tables), columns, train, validation, test)
-    check_same_files([train, *others], world)
+        resolved = dataclasses.replace(config, data=data, tables=tables)
+        inputs = Inputs(resolved, columns, train, datasets.get("validation"), datasets.get("test"))
+    check_same_files([*datasets.values()], world)
     return inputs
+
+
+Opened = dict[tuple[str, tuple[str, ...]], Dataset]
+"""Data sets by their name in the run description and their patterns."""
+
+
+def _opened(config: RunConfig, opened: Opened) -> dict[str, Dataset]:
+    """The data sets of a run by name, those for training first; from ``opened`` where it has them, else added to it."""
+    found = {}
+    for name in ("train", "validation", "test"):
+        patterns: tuple[str, ...] = getattr(config.data, name)
+        if patterns:
+            if (name, patterns) not in opened:
+                opened[name, patterns] = open_dataset(patterns, f"data.{name}")
+            found[name] = opened[name, patterns]
+    return found
 
 
 def _resolved(table: TableConfig, columns: Columns) -> TableConfig:
@@ -190,37 +204,20 @@ def start(inputs: Inputs, world: World, begin: Callable[[Inputs, World, int], Tr
     return Run(inputs, state, manifest.cursor, manifest.evaluations, is_saved=True)
 
 
-def check_ahead(config: RunConfig, ranks: int, opened: dict[tuple[str, ...], Dataset]) -> None:
+def check_ahead(config: RunConfig, ranks: int, opened: Opened) -> None:
     """Refuse what a run of so many ranks would refuse once it had begun, as far as footers of files show it.
 
-    ``opened``: data sets by their patterns, those of earlier calls; what is opened is added.
+    ``opened``: what earlier calls have opened; what this one opens is added.
 
     Raises:
         DataError: the ranks cannot share the streams, or files or columns are missing or wrong.
         ConfigError: the model cannot be built as described.
     """
     streams_of(0, ranks, config.data.streams)
-    datasets = []
-    for name in ("train", "validation", "test"):
-        patterns = getattr(config.data, name)
-        if patterns and patterns not in opened:
-            opened[patterns] = open_dataset(patterns, f"data.{name}")
-        datasets += [opened[patterns]] if patterns else []
-    columns = resolve_columns(config.data, config.tables, *datasets)
+    columns = resolve_columns(config.data, config.tables, *_opened(config, opened).values())
     tables = tuple(_resolved(table, columns) for table in config.tables)
     with torch.device("meta"):
         build_model(dataclasses.replace(config, tables=tables), len(columns.dense))
-
-
-def check_kernels(config: RunConfig, ranks: int, device: torch.device) -> None:
-    """Refuse optimizers of tables that the kernels of a device do not have, wherever the tables come to lie.
-
-    Raises:
-        ConfigError: as ``check_sparse``.
-    """
-    for table in lay_out(config.tables, ranks, pack=config.sharding.pack):
-        replicated = table.first.sharding == ("data_parallel",)
-        check_sparse(table, device, data_parallel=replicated, host_kernels=config.sharding.host_kernels)
 
 
 def _check_size(inputs: Inputs, world: World) -> None:

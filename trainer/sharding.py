@@ -37,7 +37,7 @@ from trainer.allocation import Untouched
 from trainer.config import RunConfig, ShardingConfig
 from trainer.errors import ShardingError
 from trainer.lookup import use_host_kernels
-from trainer.optim import check_sparse, fuse_in_backward
+from trainer.optim import check_tables, fuse_in_backward
 from trainer.sharder import DEVICE_SHARE, kernels_for, sharder_for
 from trainer.tables import MOMENTS, PhysicalTable, build_collection, collections_of, state_bytes
 from trainer.task import CTRTask, Head
@@ -194,9 +194,7 @@ def shard(
     Collective.
     """
     host_kernels = config.sharding.host_kernels
-    for table in physical:
-        replicated = is_data_parallel(placements, table)
-        check_sparse(table, world.device, data_parallel=replicated, host_kernels=host_kernels)
+    check_tables(physical, world.device, host_kernels=host_kernels)
     members = collections_of(physical)
     collections = {name: _fused_collection(tables, placements) for name, tables in members.items()}
     order, dense = [table.key for table in config.tables], config.precision.dense

@@ -17,7 +17,6 @@ from trainer import comparison
 from trainer.by_label import deciding
 from trainer.commands import check_model
 from trainer.config import RunConfig
-from trainer.dataset import Dataset
 from trainer.description import load
 from trainer.ending import RESTART
 from trainer.errors import ConfigError, RunFailedError, UserError
@@ -33,7 +32,9 @@ from trainer.grid import (
 )
 from trainer.location import Location, locate
 from trainer.lock import locked
-from trainer.run import check_ahead, check_kernels
+from trainer.optim import check_tables
+from trainer.run import Opened, check_ahead
+from trainer.tables import lay_out
 from trainer.trials import (
     LOGS,
     RECORD,
@@ -85,7 +86,7 @@ def sweep(asked: Sweep) -> str:
         raise ConfigError("sweep starts the ranks of its runs itself; start it alone, and say how many with --ranks")
     base = load(asked.config, asked.shared)
     output = asked.output or _beside(base)
-    settings = _first_settings(asked, base)
+    settings = settings_over(asked.overs, pairs=asked.pairs) if asked.overs else _table_settings(asked, base)
     configs = configs_of(asked.config, asked.shared, settings)
     _check(asked, base, settings, configs)
     with locked(output), _ended_by_signals():
@@ -100,24 +101,20 @@ def _beside(base: RunConfig) -> Path:
     return place.with_name(f"{place.name}-sweep")
 
 
-def _first_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
-    if asked.overs:
-        return settings_over(asked.overs, pairs=asked.pairs)
-    return _table_settings(asked, base)
-
-
 def _table_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
     """The run's own optimizers of tables, and those that are tried in their place; without what would be refused."""
     import torch
 
     on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
     own, others = Setting("tables=own", ()), product([table_optimizers(base, on_gpu=on_gpu)])
     found: dict[Setting, RunConfig] = {}
     refused: dict[str, ConfigError] = {}
     for setting in (*others, own):
         try:
             config = load(asked.config, [*asked.shared, *setting.overrides])
-            check_kernels(config, asked.ranks, torch.device("cuda" if on_gpu else "cpu"))
+            physical = lay_out(config.tables, asked.ranks, pack=config.sharding.pack)
+            check_tables(physical, device, host_kernels=config.sharding.host_kernels)
         except ConfigError as error:
             refused[setting.name] = error
         else:
@@ -132,7 +129,7 @@ def _table_settings(asked: Sweep, base: RunConfig) -> list[Setting]:
 
 def _check(asked: Sweep, base: RunConfig, settings: Sequence[Setting], configs: Sequence[RunConfig]) -> None:
     """Refuse what would end a run at its start, hours from now; names the setting, if it is to blame."""
-    opened: dict[tuple[str, ...], Dataset] = {}
+    opened: Opened = {}
 
     def refusal(config: RunConfig) -> UserError | None:
         try:
